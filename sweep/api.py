@@ -1,0 +1,384 @@
+"""A sweep as a Python object: what the commands do, for notebooks and scripts.
+
+from sweep import Sweep
+
+sweep = Sweep("sweep/configs/demo.yaml", out="runs/demo")
+sweep.plan()  # what would run
+sweep.run()  # run what is missing
+sweep.status()  # where it stands
+"""
+
+import os
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sweep import collect, config, pins, tiny
+from sweep.board import Board, write_spec
+from sweep.config import ConfigError
+from sweep.forecast import forecast
+from sweep.measure import MEASURE_VERSION
+from sweep.plan import Plan, expand
+from sweep.progress import Display
+from sweep.spec import PlannedMeasure, PlannedTrial, SweepSpec
+from sweep.store import STATE, Result, Store, StoreError, train_unit, write_text
+from sweep.trial import STAGES, due, with_paths
+
+Row = dict[str, Any]
+
+
+class UnknownTrial(ValueError):
+    """No trial, or more than one, begins with the id given."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    failed: list[Row]
+    """The failed work items: item, failure_kind, message."""
+    interrupted: bool
+    """It was stopped before it was done."""
+    ran: int
+    """Work items finished by this run."""
+    tables: dict[str, int]
+    """Rows by table."""
+
+
+class Sweep:
+    """One YAML and its folder of results."""
+
+    def __init__(self, source: Path | str, out: Path | str | None = None, *, update: bool = False) -> None:
+        """Open a sweep by its YAML or by its folder.
+
+        Args:
+            source: a sweep's YAML; or the folder of one that ran before.
+            out: folder of the results; None takes runs/<name>.
+            update: accept sources that changed since they were pinned in `sweep.lock`.
+
+        Raises:
+            ConfigError: the YAML, or a source it names, is wrong.
+            StoreError: the folder is not one of a sweep.
+        """
+        source = Path(source)
+        if source.is_dir():
+            if not (source / "sweep.yaml").exists():
+                raise StoreError(f"{source} is not the folder of a sweep (no sweep.yaml); give its YAML instead")
+            self.store = Store(source)
+            self._text = self.store.config_path.read_text()
+            origin = self.store.root / "sweep.yaml.origin"
+            anchor = Path(origin.read_text().strip()) if origin.exists() else source / "sweep.yaml"
+            self.spec: SweepSpec = config.parse(self._text, anchor)
+            self._origin = anchor
+        else:
+            self.spec = config.load(source)
+            self._text, self._origin = source.read_text(), source.absolute()
+            self.store = Store(out if out is not None else Path("runs") / self.spec.name)
+        self._update = update
+        self._plan: Plan | None = None
+
+    # ------------------------------------------------------------------ looking
+
+    def planned(self) -> Plan:
+        """Every trial and measure of the YAML."""
+        if self._plan is None:
+            lock = self.store.lock_path
+            digests = pins.resolve(self.spec, lock if lock.exists() else None, self._update)
+            self._plan = expand(self.spec, digests, MEASURE_VERSION)
+        return self._plan
+
+    def plan(self) -> Row:
+        """What would run: trials, checkpoints, work items, tokens, hours, disk. Starts nothing, writes nothing."""
+        plan = self.planned()
+        done = self._done(plan)
+        items = {state: Counter({stage: 0 for stage in STAGES}) for state in ("done", "to_do", "to_retrain")}
+        for owner, planned in _owners(plan).items():
+            state = due(planned, done[owner])
+            items["done"].update(item.stage for item in state.done)
+            items["to_do"].update(item.stage for item in (*state.now, *state.later))
+            items["to_retrain"].update(item.stage for item in state.retrain)
+        trained = [p for p in plan.trials if not p.trial.is_baseline]
+        again, onward = _longer(trained, done)
+        slots = max(1, int((os.cpu_count() or 1) / self.spec.resources.train.cpus))
+        return {
+            "name": self.spec.name,
+            "folder": str(self.store.root),
+            "trials": len(trained),
+            "baselines": len(plan.trials) - len(trained),
+            "checkpoints": sum(len(p.epochs) for p in trained),
+            "evaluations": sum(len(p.epochs) * len(p.evaluations) for p in plan.trials),
+            "measures": len(plan.measures),
+            "work_items": {state: {**counts, "all": counts.total()} for state, counts in items.items()},
+            "checkpoints_to_retrain": sum(len({i.epoch for i in self._gone(p, done)}) for p in trained),
+            "trials_that_continue": onward,
+            "trials_that_start_again": again,
+            "orphans": len(set(self.store.owners()) - set(_owners(plan))),
+            **asdict(forecast(plan, done, self.spec.resources, slots)),
+        }
+
+    def status(self) -> Row:
+        """Where the sweep stands: trials by status, work items, failures, who runs it."""
+        plan = self.planned()
+        done = self._done(plan)
+        holder = self.store.holder()
+        trials: Counter[str] = Counter(dict.fromkeys(("pending", "running", "succeeded", "failed"), 0))
+        failures = []
+        for owner, planned in _owners(plan).items():
+            attempts = self.store.attempts(owner)
+            status = collect.trial_status(planned, done[owner], attempts, holder is not None)
+            trials[status] += 1
+            if failure := collect.last_failure(planned, done[owner], attempts):
+                failures.append({key: failure.get(key) for key in ("item", "attempt", "failure_kind", "message")})
+        return {
+            "name": self.spec.name,
+            "folder": str(self.store.root),
+            "running_by": holder and {key: holder[key] for key in ("host", "pid")},
+            "trials_and_measures": dict(trials),
+            "failures": failures,
+        }
+
+    def show(self, trial_id: str) -> Row:
+        """One trial: its settings, what training recorded, its scores, its tries. The id may be shortened."""
+        owner = self.find(trial_id)
+        if owner.startswith("measures/"):
+            measured = PlannedMeasure.model_validate_json(self.store.spec_path(owner).read_bytes())
+            result = self.store.result(owner)
+            return {"spec": measured.model_dump(mode="json"), "record": result and result.record}
+        planned = PlannedTrial.model_validate_json(self.store.spec_path(owner).read_bytes())
+        done = self.store.committed(owner)
+        attempts = self.store.attempts(owner)
+        records = {r.unit: r.record for r in done.values() if "/train/" in r.unit}
+        scores = [
+            {
+                **score,
+                "benchmark": result.record["benchmark"],
+                "command": self._command(planned, result),
+            }
+            for result in done.values()
+            if result.unit.split("/")[-2] in {e.eval_id for e in planned.evaluations}
+            for score in result.record["scores"]
+        ]
+        return {
+            "trial_id": planned.trial_id,
+            "status": collect.trial_status(planned, done, attempts, self.store.holder() is not None),
+            "base_model": planned.base_model,
+            "dataset": planned.dataset,
+            "epochs": list(planned.epochs),
+            "settings": planned.trial.train and planned.trial.train.identity(),
+            "training": records,
+            "scores": scores,
+            "attempts": attempts,
+        }
+
+    def find(self, trial_id: str) -> str:
+        """The owner (`trials/<id>` or `measures/<key>`) whose id begins so.
+
+        Raises:
+            UnknownTrial: none or several do.
+        """
+        found = [o for o in self.store.owners() if trial_id and o.split("/")[1].startswith(trial_id)]
+        if len(found) != 1:
+            reason = f"{len(found)} begin" if found else "none begins"
+            raise UnknownTrial(
+                f"no single trial '{trial_id}' in {self.store.root}: {reason} with it; the ids are the folders in "
+                f"{self.store.root / 'trials'}"
+            )
+        return found[0]
+
+    # ------------------------------------------------------------------ doing
+
+    def run(self, *, retrain: bool = False, num_cpus: int | None = None, quiet: bool = False) -> RunResult:
+        """Run what is missing, here or on the Ray cluster this process is in; then write the tables.
+
+        Args:
+            retrain: train again where weights are gone that missing work needs.
+            num_cpus: size of a local Ray; None takes the machine's.
+            quiet: print nothing.
+
+        Raises:
+            StoreError: another process runs this sweep, or its folder cannot be used.
+            ConfigError: a source changed or cannot be had; or checkpoints would have to be trained again and
+                `retrain` was not given.
+            ResourceError: a stage asks for more than any node has.
+        """
+        self.store.root.mkdir(parents=True, exist_ok=True)
+        with self.store.lease():
+            digests = pins.resolve(self.spec, self.store.lock_path, self._update)
+            self._plan = plan = expand(self.spec, digests, MEASURE_VERSION)
+            self._save_config()
+            for owner in self.store.owners():
+                self.store.repair(owner)
+            done = self._done(plan)
+            self._reopen(plan, done, retrain)
+            for owner, planned in _owners(plan).items():
+                if self.store.spec_path(owner).exists():
+                    write_spec(self.store, owner, planned)  # names and evaluations may have changed
+            os.environ.setdefault("SWEEP_COMMIT", _commit())
+            board = Board(plan, self.store, self.spec.execution.max_retries)
+            display = Display(board, self.store.notes, quiet=quiet)
+            before, finished = board.done.total(), True
+            if not board.finished:
+                base_models, datasets, benchmarks = pins.tiny_names(self.spec)
+                tiny.build_all(base_models, datasets, benchmarks, tiny.default_cache_dir())
+                from sweep import tuner  # 2 s of imports, not needed to see that nothing is due
+
+                with display:
+                    finished = tuner.run(board, self.store, self.spec.resources, display.refresh, num_cpus)
+            ran, failed = board.done.total() - before, list(board.failed.values())
+        tables = self.collect()
+        return RunResult(failed=failed, interrupted=not finished, ran=ran, tables=tables)
+
+    def collect(self) -> dict[str, int]:
+        """Write the tables from what is committed; returns the number of rows by table."""
+        return collect.build(self.store, set(_owners(self.planned())))
+
+    def export(self, trial_id: str, epoch: int, target: Path | str, *, merge: bool = False) -> Path:
+        """Copy a checkpoint out, as a folder that `transformers` or `peft` loads.
+
+        Args:
+            trial_id: the trial; may be shortened.
+            epoch: whose checkpoint.
+            target: folder to make.
+            merge: merge an adapter into its base model, in float32.
+
+        Raises:
+            UnknownTrial: as `find`.
+            StoreError: there is no such checkpoint, or its weights were not kept, or `target` is in use.
+        """
+        owner, target = self.find(trial_id), Path(target)
+        planned = PlannedTrial.model_validate_json(self.store.spec_path(owner).read_bytes())
+        done = self.store.committed(owner)
+        from sweep import models
+        from sweep.trial import exported
+
+        known = [n for n in planned.epochs if (r := done.get(train_unit(planned.trial_id, n))) and r.weights]
+        if epoch not in known:
+            have = f"it has those of epochs {known}" if known else "it has none (see keep: in the YAML)"
+            raise StoreError(f"trial {planned.trial_id} has no weights of epoch {epoch}; {have}")
+        weights = exported(planned, epoch, done) or done[train_unit(planned.trial_id, epoch)].weights
+        assert weights is not None
+        if target.exists() and any(target.iterdir()):
+            raise StoreError(f"{target} is not empty; give a new folder")
+        if merge and models.adapter_config(weights) is not None:
+            base = planned.trial.base_model
+            path = models.locate(base, planned.trial.base_digest)
+            model = models.load_checkpoint(path, weights, "float32", base.trust_remote_code, base_dtype=base.dtype)
+            model.to(getattr(__import__("torch"), planned.export_dtype)).save_pretrained(target)
+            models.load_tokenizer(weights).save_pretrained(target)
+        else:
+            shutil.copytree(weights, target, dirs_exist_ok=True)
+        return target
+
+    def removable(self) -> dict[str, int]:
+        """What `clean` would remove, in bytes: weights, states, orphans, left-over attempts, caches."""
+        return {name: sum(_size(path) for path in paths) for name, paths in self._removable().items()}
+
+    def clean(self, what: set[str]) -> int:
+        """Remove those parts; results and tables stay. Returns the bytes freed."""
+        freed = 0
+        with self.store.lease():
+            for name, paths in self._removable().items():
+                if name in what:
+                    for path in paths:
+                        freed += _size(path)
+                        gone = path.with_name(f".{path.name}.removed")
+                        path.rename(gone)
+                        shutil.rmtree(gone, ignore_errors=True)
+        return freed
+
+    # ------------------------------------------------------------------ inside
+
+    def _done(self, plan: Plan) -> dict[str, dict[str, Result]]:
+        return {owner: self.store.committed(owner) for owner in _owners(plan)}
+
+    def _gone(self, planned: PlannedTrial, done: dict[str, dict[str, Result]]) -> Any:
+        return due(planned, done[f"trials/{planned.trial_id}"]).retrain
+
+    def _reopen(self, plan: Plan, done: dict[str, dict[str, Result]], retrain: bool) -> None:
+        gone = {p.trial_id: {i.epoch for i in self._gone(p, done)} for p in plan.trials if self._gone(p, done)}
+        count = sum(len(epochs) for epochs in gone.values())
+        if count and not retrain:
+            raise ConfigError(
+                f"{count} checkpoints would be retrained: their weights were not kept, and work on them is missing "
+                "(a new benchmark, for instance); allow it with --retrain"
+            )
+        for trial_id, epochs in gone.items():
+            for epoch in epochs:
+                self.store.reopen(train_unit(trial_id, epoch))
+
+    def _save_config(self) -> None:
+        """Keep the YAML with its results, and where it lay: relative paths in it start there."""
+        if not self.store.config_path.exists() or self.store.config_path.read_text() != self._text:
+            write_text(self.store.config_path, self._text)
+        write_text(self.store.root / "sweep.yaml.origin", str(self._origin) + "\n")
+
+    def _command(self, planned: PlannedTrial, result: Result) -> str:
+        """The recorded `lm_eval` command with this machine's folders put in."""
+        from sweep import models
+
+        base = planned.trial.base_model
+        path = str(models.locate(base, planned.trial.base_digest)) if base.hub is None else base.hub
+        evaluation = next(e for e in planned.evaluations if f"/{e.eval_id}/" in result.unit)
+        return with_paths(result.record["command"], evaluation, sweep=str(self.store.root), base_model=path)
+
+    def _removable(self) -> dict[str, list[Path]]:
+        plan = _owners(self.planned())
+        found: dict[str, list[Path]] = {"weights": [], "states": [], "orphans": [], "attempts": [], "cache": []}
+        for owner in self.store.owners():
+            if owner not in plan:
+                found["orphans"].append(self.store.owner_folder(owner))
+                continue
+            for unit in self.store.units(owner):
+                result = self.store.result(unit)
+                if result is not None and result.weights is not None:
+                    found["weights"].append(result.weights)
+                if result is not None and result.state is not None:
+                    found["states"].append(result.folder / STATE)
+                attempts = self.store.root / unit / "attempts"
+                kept = result.folder if result is not None else None
+                found["attempts"] += [folder for folder in attempts.glob("[!.]*") if folder != kept]
+        if self.store.cache.is_dir():
+            found["cache"].append(self.store.cache)
+        return found
+
+
+def _owners(plan: Plan) -> dict[str, PlannedTrial | PlannedMeasure]:
+    owners: dict[str, PlannedTrial | PlannedMeasure] = {f"trials/{p.trial_id}": p for p in plan.trials}
+    return owners | {f"measures/{m.key}": m for m in plan.measures}
+
+
+def _longer(trials: list[PlannedTrial], done: dict[str, dict[str, Result]]) -> tuple[int, int]:
+    """Trials with some epochs trained and later ones missing: (those that start again, those that continue)."""
+    again = onward = 0
+    for planned in trials:
+        results = done[f"trials/{planned.trial_id}"]
+        have = [e for e in planned.epochs if train_unit(planned.trial_id, e) in results]
+        missing = [e for e in planned.epochs if e not in have]
+        if have and missing:
+            kept = any(results[train_unit(planned.trial_id, e)].state for e in have if e < min(missing))
+            onward, again = onward + kept, again + (not kept)
+    return again, onward
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _commit() -> str:
+    """The commit of this code, with a mark if files were changed since; empty outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return said.stdout.strip()
