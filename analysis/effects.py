@@ -233,3 +233,9 @@ def noise(gains: pl.DataFrame) -> pl.DataFrame:
         .filter(pl.col("n") > 1)
         .sort(key, nulls_last=True)
     )
+
+
+def pooled_noise(noise: pl.DataFrame) -> float | None:
+    """SD of a gain between seeds, pooled over the rows of `noise`; None if there are none."""
+    dof = (noise["n"] - 1).sum()
+    return float(((noise["seed_sd"] ** 2 * (noise["n"] - 1)).sum() / dof) ** 0.5) if dof else None

@@ -53,12 +53,18 @@ def p_value(value: float | None) -> str:
     return (
         ""
         if value is None
-        else "< 0.001"
+        else "&lt; 0.001"
         if value < 0.001
         else f"{value:.3f}"
         if value < 0.1
         else f"{value:.2f}"
     )
+
+
+def p_equals(value: float) -> str:
+    """A p-value in a sentence, with its sign."""
+    text = p_value(value)
+    return text if text.startswith("&lt;") else f"= {text}"
 
 
 def yes_no(value: bool | None) -> str:

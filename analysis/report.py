@@ -433,8 +433,7 @@ def _methods(found: Findings, page: Page) -> str:
         return missing(
             "No LoRA trial shares base model, dataset, seed and other settings with a trial of full tuning."
         )
-    out = f"<p>{sentences.methods(found)} A pair shares base model, dataset, seed, epoch and the other "
-    "settings."
+    out = f"<p>{sentences.methods(found)} A pair shares base model, dataset, seed, epoch and other settings."
     if found.tied:
         names = ", ".join(escape(name.replace("_", " ")) for name in found.tied)
         out += f" Not held equal, because the two methods share no value of it: {names}."
@@ -506,12 +505,9 @@ def _noise(found: Findings, page: Page) -> str:
         return missing("No gains yet, so their noise is not known either.")
     if not len(found.noise):
         return missing("No cell was trained with two seeds: how far chance alone moves a gain is not known.")
-    cells = found.noise.select("base_model", "dataset", "method").unique().height
     page.csv("noise", found.noise)
     return (
-        f"<p>{sentences.noise(found)} It comes from {plural(cells, 'cell')} trained more than once with only "
-        "the seed "
-        "changed, and holds for the others only if they are alike.</p>"
+        f"<p>{sentences.noise(found)} That holds for the other cells only if they are alike.</p>"
         + table(
             found.noise,
             {

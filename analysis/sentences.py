@@ -7,7 +7,8 @@ import polars as pl
 
 from analysis import effects, layers, predictors, stats
 from analysis.findings import Findings
-from analysis.page import escape, p_value, plain, plural, points, signed, span
+from analysis.page import escape, p_equals, p_value, plain, plural, points, signed, span
+from analysis.tables import SETTINGS
 
 NO_SCORES = "No trained model has been scored yet. Run the sweep again: it goes on with what is missing."
 NO_BASELINE = (
@@ -110,7 +111,7 @@ def perplexity(found: Findings, brief: bool = False) -> str:
     if p is None:
         text += f"; {plural(number, 'dataset')}, too few for a test"
     else:
-        text += f"; exchanging the {number} datasets gives p = {p_value(p)}"
+        text += f"; exchanging the {number} datasets gives p {p_equals(p)}"
         if row["p_smallest"] > 0.05:
             text += f", and could not give less than {p_value(row['p_smallest'])}"
     if not brief:
@@ -198,19 +199,16 @@ def methods(found: Findings) -> str:
 
 def noise(found: Findings) -> str:
     """How far a change of seed alone moves a gain."""
-    sd, dof = _seed_noise(found)
+    sd = effects.pooled_noise(found.noise)
     if sd is None:
         return "No cell was trained with two seeds, so the chance between runs is not known."
+    # Benchmarks of one training are not independent, so trainings are counted, not scores.
+    cells = found.noise.group_by("base_model", "dataset", *SETTINGS).agg(pl.col("n").max())
     return (
-        f"A change of seed alone moves a gain by {plain(sd)} points (SD, {plural(dof, 'degree')} of freedom)."
+        f"A change of seed alone moves a gain by {plain(sd)} points (SD, from "
+        f"{plural(cells['n'].sum(), 'training')} "
+        f"of {plural(len(cells), 'cell')})."
     )
-
-
-def _seed_noise(found: Findings) -> tuple[float | None, int]:
-    dof = int((found.noise["n"] - 1).sum())
-    if not dof:
-        return None, 0
-    return float(((found.noise["seed_sd"] ** 2 * (found.noise["n"] - 1)).sum() / dof) ** 0.5), dof
 
 
 def method_name(name: str | None) -> str:

@@ -131,18 +131,3 @@ def permutation_p(
     as_large = int(np.sum(values >= values[0] - 1e-12))  # rounding must not break ties
     # Ranks read backwards give the same absolute correlation, so the exact test has at least two.
     return as_large / len(orders), (min(2, len(orders)) if exact else 1) / len(orders)
-
-
-def pooled_sd(values: Sequence[float | None], groups: Sequence[Hashable]) -> tuple[float | None, int]:
-    """Standard deviation inside groups, pooled over them, and its degrees of freedom.
-
-    Returns:
-        (SD, degrees of freedom); (None, 0) if no group has two known values.
-    """
-    members: dict[Hashable, list[float]] = {}
-    for group, value in zip(groups, _finite(values), strict=True):
-        if not math.isnan(value):
-            members.setdefault(group, []).append(value)
-    squares = sum(float(np.sum((np.array(m) - np.mean(m)) ** 2)) for m in members.values())
-    dof = sum(len(m) - 1 for m in members.values())
-    return (math.sqrt(squares / dof), dof) if dof else (None, 0)

@@ -193,6 +193,10 @@ class _Queue(Searcher):
             self.error = error
         self._on_change()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher for a restore that we never do."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: every launch plans again from the files."""
 

@@ -174,6 +174,10 @@ def test_spread_of_seeds_is_the_noise(found):
     assert found.noise.select("base_model", "dataset").unique().rows() == [planted.REPEATED]
     assert found.noise["n"].to_list() == [3] * 6
     assert found.noise["seed_sd"].to_list() == pytest.approx([2 / 50] * 6)
+    assert effects.pooled_noise(found.noise) == pytest.approx(2 / 50)
+    uneven = pl.DataFrame({"n": [2, 3], "seed_sd": [3.0, 0.0]})  # 1 and 2 degrees of freedom
+    assert effects.pooled_noise(uneven) == pytest.approx((9 / 3) ** 0.5)
+    assert effects.pooled_noise(uneven.clear()) is None
 
 
 def test_perplexity_ranks_against_gain_within_base_models(found):

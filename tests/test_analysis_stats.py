@@ -84,9 +84,3 @@ def test_groups_are_ranked_by_themselves():
     assert {group: estimate.value for group, estimate in found.items()} == pytest.approx(
         {"a": -1.0, "b": -1.0}
     )
-
-
-def test_pooled_sd_knows_only_the_spread_inside_groups():
-    sd, dof = stats.pooled_sd([0.0, 2.0, 10.0, 12.0, 99.0], ["a", "a", "b", "b", "c"])
-    assert (sd, dof) == (pytest.approx(math.sqrt(2)), 2)
-    assert stats.pooled_sd([1.0, 2.0], ["a", "b"]) == (None, 0)

@@ -44,7 +44,7 @@ def test_summary_names_the_planted_effects(built):
     )
     assert "Perplexity predicted the gain, the lower the better: mean rank correlation −0.38" in text
     assert "LoRA gained 4.0 points less than full tuning" in text
-    assert "A change of seed alone moves a gain by 4.0 points (SD, 12 degrees of freedom)" in text
+    assert "A change of seed alone moves a gain by 4.0 points (SD, from 3 trainings of 1 cell)" in text
     assert "3 base models are too few for intervals" in text
 
 
