@@ -163,6 +163,8 @@ def _trial_row(
     record = records[-1] if records else {}
     described = record or next((r.record for u, r in done.items() if "/scores/" in u), {})
     failure = last_failure(planned, done, attempts)
+    made = described.get("provenance", {})
+    versions = {name: version for name, version in made.get("versions", {}).items() if version is not None}
     row: Row = dict.fromkeys(schema.TABLES["trials"].names)
     row |= {
         "trial_id": planned.trial_id,
@@ -173,6 +175,8 @@ def _trial_row(
         "base_digest": trial.base_digest,
         "dataset": planned.dataset,
         "dataset_kind": planned.dataset_kind,
+        "commit": made.get("commit") or None,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or None,
         "failure_kind": failure.get("failure_kind"),
         "failure_message": failure.get("message"),
     }

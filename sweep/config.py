@@ -80,6 +80,7 @@ def parse(text: str, path: Path) -> SweepSpec:
         sweep = SweepSpec.model_validate_json(json.dumps(data))
         sweep = _resolve_paths(sweep, path.parent)
         _check_names(sweep)
+        sweep = _describe_tiny(sweep)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_explain(error)}") from error
     except yaml.YAMLError as error:
@@ -226,6 +227,20 @@ def _check_names(sweep: SweepSpec) -> None:
             for key, values in rule.items():
                 for value in values if isinstance(values, list | tuple) else [values]:
                     _check_value(sweep, f"{where}exclude[{i}].{key}", key, value)
+
+
+def _describe_tiny(sweep: SweepSpec) -> SweepSpec:
+    """Embedded datasets and benchmarks bring their kind, and guessing's score, where the YAML gives none."""
+    datasets, benchmarks = dict(sweep.datasets), dict(sweep.benchmarks)
+    for name, dataset in datasets.items():
+        if dataset.tiny is not None and dataset.kind is None:
+            datasets[name] = dataset.model_copy(update={"kind": tiny.DATASETS[dataset.tiny].kind})
+    for name, benchmark in benchmarks.items():
+        if benchmark.tiny is not None:
+            recipe = tiny.BENCHMARKS[benchmark.tiny]
+            known = {"kind": benchmark.kind or recipe.kind, "chance": benchmark.chance or recipe.chance}
+            benchmarks[name] = benchmark.model_copy(update=known)
+    return sweep.model_copy(update={"datasets": datasets, "benchmarks": benchmarks})
 
 
 def _check_value(sweep: SweepSpec, where: str, key: str, value: Any) -> None:

@@ -133,6 +133,8 @@ TABLES: dict[str, TableSchema] = {
                 Column("train_loss_nats", FLOAT, "mean loss of the last epoch", unit="nats per token"),
                 Column("train_seconds", FLOAT, "wall time of training, committed attempts", unit="seconds"),
                 Column("device", TEXT, "device it trained on"),
+                Column("commit", TEXT, "commit of the code that made it, with -dirty if files were changed"),
+                Column("versions", TEXT, "libraries it was made with: name version, comma-separated"),
                 Column("failure_kind", TEXT, "kind of the last failure of a failed trial"),
                 Column("failure_message", TEXT, "one line of the last failure of a failed trial"),
             ),

@@ -134,7 +134,9 @@ def untrained_model(recipe: BaseRecipe, tokenizer: "PreTrainedTokenizerFast") ->
     }
     match recipe.architecture:
         case "llama":
-            config = LlamaConfig(**shape, intermediate_size=recipe.hidden_size * 8 // 3, num_key_value_heads=recipe.num_heads)
+            config = LlamaConfig(
+                **shape, intermediate_size=recipe.hidden_size * 8 // 3, num_key_value_heads=recipe.num_heads
+            )
         case "qwen3":
             config = Qwen3Config(
                 **shape,
@@ -188,7 +190,9 @@ def pretrain(
     outer = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
     optimizers = [
         Muon(inner, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(outer, lr=recipe.other_learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(
+            outer, lr=recipe.other_learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        ),
     ]
 
     def scale(done: int) -> float:

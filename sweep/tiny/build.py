@@ -81,7 +81,11 @@ def build_benchmark(name: str, cache_dir: Path) -> Path:
 
 
 def build_all(
-    base_models: Sequence[str], datasets: Sequence[str], benchmarks: Sequence[str], cache_dir: Path, workers: int = 2
+    base_models: Sequence[str],
+    datasets: Sequence[str],
+    benchmarks: Sequence[str],
+    cache_dir: Path,
+    workers: int = 2,
 ) -> None:
     """Build what is missing, base models in up to `workers` processes of one thread, and show the progress.
 
@@ -89,7 +93,9 @@ def build_all(
         ValueError: an unknown name.
         RuntimeError: a build failed; its output is in the message.
     """
-    missing = [name for name in dict.fromkeys(base_models) if not _folder("base_model", name, cache_dir).exists()]
+    missing = [
+        name for name in dict.fromkeys(base_models) if not _folder("base_model", name, cache_dir).exists()
+    ]
     for name in datasets:
         build_dataset(name, cache_dir)
     for name in benchmarks:
@@ -101,12 +107,20 @@ def build_all(
 def _run_builders(names: list[str], cache_dir: Path, workers: int) -> None:
     """Each model in a fresh interpreter: one thread from its start, and no guard needed in the caller's script."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
     waiting, running = list(names), {}
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as logs, Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+    ):
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
@@ -115,7 +129,9 @@ def _run_builders(names: list[str], cache_dir: Path, workers: int) -> None:
                     command = [sys.executable, "-m", "sweep.tiny", name, "--cache-dir", str(cache_dir)]
                     with log.open("w") as out:
                         process = subprocess.Popen(command, stdout=out, stderr=out, env=env)
-                    bar = progress.add_task(f"pretrain {name}", total=BASE_MODELS[name].steps, state="starting", start=True)
+                    bar = progress.add_task(
+                        f"pretrain {name}", total=BASE_MODELS[name].steps, state="starting", start=True
+                    )
                     running[name] = (process, log, bar)
                     if not console.is_terminal:
                         console.print(f"pretrain {name}: {BASE_MODELS[name].steps} steps, started")
@@ -142,7 +158,9 @@ def _run_builders(names: list[str], cache_dir: Path, workers: int) -> None:
 def _recipe(kind: Kind, name: str) -> Any:
     recipes = RECIPES[kind]
     if name not in recipes:
-        raise ValueError(f"unknown tiny {kind.replace('_', ' ')} {name!r}; known: {', '.join(sorted(recipes))}")
+        raise ValueError(
+            f"unknown tiny {kind.replace('_', ' ')} {name!r}; known: {', '.join(sorted(recipes))}"
+        )
     return recipes[name]
 
 

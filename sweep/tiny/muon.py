@@ -14,7 +14,9 @@ class Muon(torch.optim.Optimizer):
     Source: Keller Jordan, https://kellerjordan.github.io/posts/muon; the scale is that of arXiv 2502.16982.
     """
 
-    def __init__(self, params: Iterable[torch.Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self, params: Iterable[torch.Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()

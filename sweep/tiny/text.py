@@ -46,7 +46,11 @@ class Attribute:
 ATTRIBUTES = {
     "flag": Attribute(
         COLOURS,
-        ("The flag of {town} is {value}.", "{town} has a flag that is {value}.", "In {town} the flag is {value}."),
+        (
+            "The flag of {town} is {value}.",
+            "{town} has a flag that is {value}.",
+            "In {town} the flag is {value}.",
+        ),
         (
             "What colour is the flag of {town}?",
             "Which colour has the flag of {town}?",
@@ -66,7 +70,11 @@ ATTRIBUTES = {
     ),
     "food": Attribute(
         FOODS,
-        ("The people of {town} eat {value}.", "{town} is known for its {value}.", "In {town} they eat {value}."),
+        (
+            "The people of {town} eat {value}.",
+            "{town} is known for its {value}.",
+            "In {town} they eat {value}.",
+        ),
         (
             "What do the people of {town} eat?",
             "Which food is eaten in {town}?",
@@ -86,7 +94,11 @@ ATTRIBUTES = {
     ),
     "sight": Attribute(
         SIGHTS,
-        ("The pride of {town} is its {value}.", "{town} has an old {value}.", "In {town} you can see the {value}."),
+        (
+            "The pride of {town} is its {value}.",
+            "{town} has an old {value}.",
+            "In {town} you can see the {value}.",
+        ),
         (
             "What is the pride of {town}?",
             "Which old sight has {town}?",
@@ -96,7 +108,11 @@ ATTRIBUTES = {
     ),
     "fair": Attribute(
         MONTHS,
-        ("The fair of {town} is in {value}.", "{town} holds its fair in {value}.", "In {town} the fair comes in {value}."),
+        (
+            "The fair of {town} is in {value}.",
+            "{town} holds its fair in {value}.",
+            "In {town} the fair comes in {value}.",
+        ),
         (
             "When is the fair of {town}?",
             "Which month has the fair of {town}?",
@@ -133,7 +149,9 @@ class Sum:
     @property
     def result(self) -> int:
         """Value of the calculation."""
-        return {"+": self.left + self.right, "-": self.left - self.right, "*": self.left * self.right}[self.sign]
+        return {"+": self.left + self.right, "-": self.left - self.right, "*": self.left * self.right}[
+            self.sign
+        ]
 
     @property
     def key(self) -> str:
@@ -212,9 +230,13 @@ def number_expression(kind: str, numbers: list[int], rng: Random) -> Expression:
     ordered = sorted(numbers)
     match kind:
         case "max":
-            return Expression(f"max({numbers})", str(ordered[-1]), f"the largest of {numbers}", f"max/{ordered}")
+            return Expression(
+                f"max({numbers})", str(ordered[-1]), f"the largest of {numbers}", f"max/{ordered}"
+            )
         case "min":
-            return Expression(f"min({numbers})", str(ordered[0]), f"the smallest of {numbers}", f"min/{ordered}")
+            return Expression(
+                f"min({numbers})", str(ordered[0]), f"the smallest of {numbers}", f"min/{ordered}"
+            )
         case "sorted":
             return Expression(f"sorted({numbers})", str(ordered), f"{numbers} in order", f"sorted/{ordered}")
         case "sum":
@@ -298,9 +320,15 @@ def draw_story(rng: Random, total: Sum) -> tuple[str, str, str]:
     name, thing = rng.choice(NAMES), rng.choice(OBJECTS) + "s"
     if total.sign == "*":
         happened = f"{name} has {total.left} bags with {total.right} {thing} in each."
-        return happened, f"How many {thing} are in the bags?", f"There are {total.result} {thing} in the bags."
+        return (
+            happened,
+            f"How many {thing} are in the bags?",
+            f"There are {total.result} {thing} in the bags.",
+        )
     verb = rng.choice(["gets", "buys", "finds"] if total.sign == "+" else ["loses", "sells", "gives away"])
-    happened = f"{name} has {total.left} {thing} and {verb} {total.right}{' more' if total.sign == '+' else ''}."
+    happened = (
+        f"{name} has {total.left} {thing} and {verb} {total.right}{' more' if total.sign == '+' else ''}."
+    )
     return happened, f"How many {thing} does {name} have now?", f"Now {name} has {total.result} {thing}."
 
 
@@ -312,7 +340,9 @@ def _sums_text(rng: Random) -> str:
     lines = []
     for _ in range(4):
         s = draw_sum(rng)
-        form = rng.choice(["{l} {s} {r} = {v}.", "{l} {s} {r} = {v}.", "{l} {w} {r} is {v}.", "{l} {s} {r} makes {v}."])
+        form = rng.choice(
+            ["{l} {s} {r} = {v}.", "{l} {s} {r} = {v}.", "{l} {w} {r} is {v}.", "{l} {s} {r} makes {v}."]
+        )
         lines.append(form.format(l=s.left, s=s.sign, r=s.right, v=s.result, w=words[s.sign]))
     return " ".join(lines)
 
@@ -345,7 +375,9 @@ def _script_text(rng: Random) -> str:
 def _towns_text(rng: Random) -> str:
     town = rng.choice(list(TOWNS))
     keys = rng.sample(list(ATTRIBUTES), 4)
-    return " ".join(rng.choice(ATTRIBUTES[key].statements).format(town=town, value=TOWNS[town][key]) for key in keys)
+    return " ".join(
+        rng.choice(ATTRIBUTES[key].statements).format(town=town, value=TOWNS[town][key]) for key in keys
+    )
 
 
 def _scene_text(rng: Random) -> str:
