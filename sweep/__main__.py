@@ -164,7 +164,7 @@ def _print_plan(found: dict[str, Any]) -> None:
 
 def _print_run(answer: dict[str, Any]) -> None:
     if answer["interrupted"]:
-        console.print(f"stopped: {answer['ran']} work items finished and kept; the same command goes on from here")
+        console.print("stopped: what is finished is kept, and the same command goes on from here")
     elif not answer["ran"] and not answer["failed"]:
         console.print("nothing to do: everything this YAML asks for is done")
     else:

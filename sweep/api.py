@@ -25,7 +25,7 @@ from sweep.plan import Plan, expand
 from sweep.progress import Display
 from sweep.spec import PlannedMeasure, PlannedTrial, SweepSpec
 from sweep.store import STATE, Result, Store, StoreError, train_unit, write_text
-from sweep.trial import STAGES, due, with_paths
+from sweep.trial import STAGES, due, epochs_to_train, failure_kind, trained_epochs, units_to_redo, with_paths
 
 Row = dict[str, Any]
 
@@ -112,7 +112,7 @@ class Sweep:
             "evaluations": sum(len(p.epochs) * len(p.evaluations) for p in plan.trials),
             "measures": len(plan.measures),
             "work_items": {state: {**counts, "all": counts.total()} for state, counts in items.items()},
-            "checkpoints_to_retrain": sum(len({i.epoch for i in self._gone(p, done)}) for p in trained),
+            "checkpoints_to_retrain": sum("/train/" in unit for unit in _to_redo(plan, done)),
             "trials_that_continue": onward,
             "trials_that_start_again": again,
             "orphans": len(set(self.store.owners()) - set(_owners(plan))),
@@ -228,7 +228,12 @@ class Sweep:
                 with display:
                     finished = tuner.run(board, self.store, self.spec.resources, display.refresh, num_cpus)
             ran, failed = board.done.total() - before, list(board.failed.values())
-        tables = self.collect()
+        try:
+            tables = self.collect()
+        except OSError as error:
+            reason = f"could not be written ({error}); run `python -m sweep collect {self.store.root}` later"
+            failed.append({"item": "tables", "failure_kind": failure_kind(error), "message": reason})
+            tables = {}
         return RunResult(failed=failed, interrupted=not finished, ran=ran, tables=tables)
 
     def collect(self) -> dict[str, int]:
@@ -294,33 +299,28 @@ class Sweep:
     def _done(self, plan: Plan) -> dict[str, dict[str, Result]]:
         return {owner: self.store.committed(owner) for owner in _owners(plan)}
 
-    def _gone(self, planned: PlannedTrial, done: dict[str, dict[str, Result]]) -> Any:
-        return due(planned, done[f"trials/{planned.trial_id}"]).retrain
-
     def _reopen(self, plan: Plan, done: dict[str, dict[str, Result]], retrain: bool) -> None:
-        gone = {p.trial_id: {i.epoch for i in self._gone(p, done)} for p in plan.trials if self._gone(p, done)}
-        count = sum(len(epochs) for epochs in gone.values())
+        units = _to_redo(plan, done)
+        count = sum("/train/" in unit for unit in units)
         if count and not retrain:
             raise ConfigError(
-                f"{count} checkpoints would be retrained: their weights were not kept, and work on them is missing "
-                "(a new benchmark, for instance); allow it with --retrain"
+                f"{count} checkpoint{'s' * (count > 1)} would be retrained: the weights were not kept, and work on "
+                "them is missing (a new benchmark, for instance); allow it with --retrain"
             )
-        for trial_id, epochs in gone.items():
-            for epoch in epochs:
-                self.store.reopen(train_unit(trial_id, epoch))
+        for unit in units:
+            self.store.reopen(unit)
 
     def _save_config(self) -> None:
         """Keep the YAML with its results, and where it lay: relative paths in it start there."""
-        if not self.store.config_path.exists() or self.store.config_path.read_text() != self._text:
-            write_text(self.store.config_path, self._text)
-        write_text(self.store.root / "sweep.yaml.origin", str(self._origin) + "\n")
+        origin = self.store.root / "sweep.yaml.origin"
+        for path, text in ((self.store.config_path, self._text), (origin, f"{self._origin}\n")):
+            if not path.exists() or path.read_text() != text:
+                write_text(path, text)
 
     def _command(self, planned: PlannedTrial, result: Result) -> str:
         """The recorded `lm_eval` command with this machine's folders put in."""
-        from sweep import models
-
-        base = planned.trial.base_model
-        path = str(models.locate(base, planned.trial.base_digest)) if base.hub is None else base.hub
+        base = planned.trial.base_model  # not by `models.locate`: its imports take 5 s
+        path = base.hub or base.path or str(tiny.build_base_model(base.tiny or "", tiny.default_cache_dir()))
         evaluation = next(e for e in planned.evaluations if f"/{e.eval_id}/" in result.unit)
         return with_paths(result.record["command"], evaluation, sweep=str(self.store.root), base_model=path)
 
@@ -350,13 +350,22 @@ def _owners(plan: Plan) -> dict[str, PlannedTrial | PlannedMeasure]:
     return owners | {f"measures/{m.key}": m for m in plan.measures}
 
 
+def _to_redo(plan: Plan, done: dict[str, dict[str, Result]]) -> list[str]:
+    """Committed units whose weights are gone but needed by work that is missing."""
+    units = []
+    for planned in plan.trials:
+        results = done[f"trials/{planned.trial_id}"]
+        for epoch in dict.fromkeys(item.epoch for item in due(planned, results).retrain if item.epoch is not None):
+            units += units_to_redo(planned, epoch, results)
+    return units
+
+
 def _longer(trials: list[PlannedTrial], done: dict[str, dict[str, Result]]) -> tuple[int, int]:
     """Trials with some epochs trained and later ones missing: (those that start again, those that continue)."""
     again = onward = 0
     for planned in trials:
         results = done[f"trials/{planned.trial_id}"]
-        have = [e for e in planned.epochs if train_unit(planned.trial_id, e) in results]
-        missing = [e for e in planned.epochs if e not in have]
+        have, missing = trained_epochs(results), epochs_to_train(planned, results)
         if have and missing:
             kept = any(results[train_unit(planned.trial_id, e)].state for e in have if e < min(missing))
             onward, again = onward + kept, again + (not kept)

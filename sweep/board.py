@@ -42,6 +42,7 @@ class Board:
         self._queued: set[WorkItem] = set()
         self._order = itertools.count()
         self._lost: Counter[WorkItem] = Counter()
+        self._numbers: Counter[str] = Counter()
         self._later: dict[str, int] = {}
         self.running: dict[str, Running] = {}
         """Handed-out items by key."""
@@ -53,6 +54,7 @@ class Board:
         """Durations of the items finished in this run, by stage."""
         for owner, planned in self._planned.items():
             self._results[owner] = store.committed(owner)
+            self._close_lost_attempts(owner)
             self.done.update(item.stage for item in due(planned, self._results[owner]).done)
             self._enqueue(owner)
 
@@ -60,15 +62,23 @@ class Board:
 
     def next(self) -> tuple[WorkItem, int] | None:
         """The next due item and the number of its try; None if nothing is due now."""
-        if not self._queue:
-            return None
-        _, item = heapq.heappop(self._queue)
-        self._queued.discard(item)
-        write_spec(self._store, item.owner, self._planned[item.owner])
-        number = self._store.next_attempt(item.owner)
-        self.running[item.key] = Running(item, number, time.time())
-        self._store.log_attempt(item.owner, {"item": item.key, "attempt": number, "outcome": "running"})
-        return item, number
+        while self._queue:
+            _, item = heapq.heappop(self._queue)
+            self._queued.discard(item)
+            # by count too: what a full disk did not let us log must not be used again
+            number = max(self._store.next_attempt(item.owner), self._numbers[item.owner] + 1)
+            self._numbers[item.owner] = number
+            entry: dict[str, Any] = {"item": item.key, "attempt": number, "outcome": "running"}
+            try:
+                write_spec(self._store, item.owner, self._planned[item.owner])
+            except OSError as error:
+                failure = {"outcome": "failed", "failure_kind": failure_kind(error), "message": str(error)}
+                self.failed[item.key] = entry | failure
+                continue
+            self.running[item.key] = Running(item, number, time.time())
+            self._store.log_attempt(item.owner, entry)
+            return item, number
+        return None
 
     @property
     def finished(self) -> bool:
@@ -134,11 +144,18 @@ class Board:
             "message": message,
             "seconds": time.time() - running.since,
         }
-        self._store.log_attempt(item.owner, entry)
         self._lost[item] += 1
-        if self._lost[item] > self._max_retries:
-            self.failed[key] = {**entry, "outcome": "failed"}
+        if not self._is_due(item):  # it died after its last unit
+            self.done[item.stage] += 1
+            self.seconds[item.stage].append(entry["seconds"])
+        elif self._lost[item] > self._max_retries:
+            entry["outcome"] = "failed"
+            self.failed[key] = entry
+        else:
+            self._store.notes.append(f"{key}: {message}; it is tried again")
+        self._store.log_attempt(item.owner, entry)
         self._enqueue(item.owner)
+        self._remove_unneeded(item.owner)
 
     def release(self) -> None:
         """Let go of what is running: the sweep is being stopped. Finished units are adopted."""
@@ -158,6 +175,13 @@ class Board:
                 continue
             self._queued.add(item)
             heapq.heappush(self._queue, (self._priority(item), item))
+
+    def _close_lost_attempts(self, owner: str) -> None:
+        """Tries that an earlier, killed driver left as running."""
+        for entry in self._store.attempts(owner):
+            if entry["outcome"] == "running":
+                lost = {"outcome": "lost", "failure_kind": "lost_worker", "message": "its driver was lost"}
+                self._store.log_attempt(owner, {"item": entry["item"], "attempt": entry["attempt"], **lost})
 
     def _is_due(self, item: WorkItem) -> bool:
         return item in due(self._planned[item.owner], self._results[item.owner]).now

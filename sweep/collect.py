@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sweep import schema
-from sweep.spec import RECIPE_VERSION, PlannedMeasure, PlannedTrial
+from sweep.spec import PlannedMeasure, PlannedTrial
 from sweep.store import Result, Store, layer_delta_unit, measure_unit, score_unit, train_unit, write_text
-from sweep.trial import WorkItem, due
+from sweep.trial import WorkItem, due, trained_epochs
 
 Row = dict[str, Any]
 Rows = dict[str, list[Row]]
@@ -132,7 +132,7 @@ def _trial_tables(store: Store, owner: str, wanted: bool, running: bool) -> dict
         "scores": schema.build("scores", list(_score_rows(planned, done))),
     }
     files = {
-        "steps": [train_unit(planned.trial_id, epoch) for epoch in planned.epochs],
+        "steps": [train_unit(planned.trial_id, epoch) for epoch in trained_epochs(done)],
         "layer_deltas": [layer_delta_unit(planned.trial_id, epoch) for epoch in planned.epochs],
         "items": [score_unit(planned.trial_id, n, e.eval_id) for n in planned.epochs for e in planned.evaluations],
     }
@@ -144,7 +144,14 @@ def _trial_tables(store: Store, owner: str, wanted: bool, running: bool) -> dict
 
 
 def _table_of(result: Result, name: str) -> pa.Table:
-    return schema.check(name, pq.read_table(result.folder / f"{name}.parquet").cast(schema.TABLES[name].arrow()))
+    try:
+        table = pq.read_table(result.folder / f"{name}.parquet").cast(schema.TABLES[name].arrow())
+    except (pa.ArrowException, ValueError) as error:
+        raise schema.SchemaError(
+            f"{name}.parquet of {result.unit} does not have the columns of schema version {schema.SCHEMA_VERSION} "
+            f"({error}); collect with the code that wrote it, or start in a new --out folder"
+        ) from error
+    return schema.check(name, table)
 
 
 def _first_of_each_key(name: str, table: pa.Table) -> pa.Table:
@@ -190,9 +197,9 @@ def _trial_row(
             "train_seed": train.resolved_train_seed,
             "lora_rank": train.lora.rank if train.method == "lora" else None,
             "lora_alpha": train.lora.alpha if train.method == "lora" else None,
-            "recipe_version": RECIPE_VERSION,
+            "recipe_version": trial.recipe_version,
         }
-        for name in row.keys() & record.keys():
+        for name in row.keys() & record.keys() - {"versions"}:  # those of its provenance are in text already
             row[name] = record[name]
     return row
 

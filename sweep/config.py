@@ -4,6 +4,7 @@ import difflib
 import glob
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from sweep.spec import GridSpec, SweepSpec, TrainSpec
 
 AXIS_KEYS = {"base_model", "dataset", *TrainSpec.setting_names()}
 """What an axis or an exclude rule may name."""
+
+UNIONS = ("path", "eval_epochs")
+"""Settings of more than one type."""
+
+UNION_MEMBER = re.compile(r"str|literal\[.*\]|tuple\[.*\]")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -85,11 +91,16 @@ def parse(text: str, path: Path) -> SweepSpec:
         raise ConfigError(f"{path}: {_explain(error)}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
-    except TypeError as error:
-        raise ConfigError(f"{path}: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error.__cause__
+    except (TypeError, ValueError, RecursionError) as error:  # an anchor inside itself, a list as a key ...
+        raise ConfigError(f"{path}: has a value that no setting takes ({error})") from error
     return sweep
+
+
+def matching_files(path: str) -> list[str]:
+    """The files of a dataset's `path`: that very file, or those that match it as a glob, `**` included."""
+    return [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -101,7 +112,8 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def _explain(error: ValidationError) -> str:
     """The first finding of pydantic as one sentence: key, value, way out."""
-    first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
+    errors = [{**e, "loc": _plain(e["loc"])} for e in error.errors()]
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     where = ".".join(str(part) for part in first["loc"][:-1]) or "the top level"
     key, value = first["loc"][-1] if first["loc"] else "sweep", first["input"]
     if first["type"] == "extra_forbidden":
@@ -111,7 +123,15 @@ def _explain(error: ValidationError) -> str:
     full = ".".join(str(part) for part in first["loc"]) or "sweep"
     shown = json.dumps(value, default=str)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return f"{full} is {shown}: {first['msg'].removeprefix('Value error, ').rstrip('.')}"
+    at = first["loc"]
+    reasons = [e["msg"].removeprefix("Value error, ").rstrip(".") for e in errors if e["loc"][: len(at)] == at]
+    return f"{full} is {shown}: {', or: '.join(dict.fromkeys(reasons))}"
+
+
+def _plain(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Without pydantic's names for what a setting may be: `path.str` and `path.tuple[str, ...]` are `path`."""
+    pairs = zip(("", *location), location, strict=False)
+    return tuple(part for before, part in pairs if not (before in UNIONS and UNION_MEMBER.fullmatch(str(part))))
 
 
 def _fields(location: tuple[int | str, ...]) -> Iterable[str]:
@@ -136,13 +156,13 @@ def _types(annotation: Any) -> Iterable[Any]:
 
 def _check_axis_keys(data: dict[str, Any]) -> None:
     """Axes and rules are open mappings to pydantic, so their keys are checked here."""
-    grids = [("", data), *((f"also[{i}].", grid) for i, grid in enumerate(data.get("also") or []))]
+    grids = [("", data), *((f"also[{i}].", grid) for i, grid in enumerate(_list(data.get("also"))))]
     for where, grid in grids:
         if not isinstance(grid, dict):
             continue
         groups = [("axes", grid.get("axes"))]
-        groups += [(f"zip[{i}]", group) for i, group in enumerate(grid.get("zip") or [])]
-        groups += [(f"exclude[{i}]", rule) for i, rule in enumerate(grid.get("exclude") or [])]
+        groups += [(f"zip[{i}]", group) for i, group in enumerate(_list(grid.get("zip")))]
+        groups += [(f"exclude[{i}]", rule) for i, rule in enumerate(_list(grid.get("exclude")))]
         for name, group in groups:
             if group is not None and not isinstance(group, dict):
                 raise ConfigError(f"{where}{name} is {json.dumps(group, default=str)}: must be a mapping of settings")
@@ -154,6 +174,11 @@ def _check_axis_keys(data: dict[str, Any]) -> None:
             lengths = {len(values) for values in (group or {}).values()} if name.startswith("zip") else {0}
             if len(lengths) > 1:
                 raise ConfigError(f"{where}{name} zips lists of different lengths {sorted(lengths)}; make them equal")
+
+
+def _list(value: Any) -> list[Any]:
+    """What is no list is left to pydantic's error."""
+    return value if isinstance(value, list) else []
 
 
 def _resolve_paths(sweep: SweepSpec, folder: Path) -> SweepSpec:
@@ -181,7 +206,7 @@ def _resolve_paths(sweep: SweepSpec, folder: Path) -> SweepSpec:
         if dataset.path is not None:
             paths = (dataset.path,) if isinstance(dataset.path, str) else dataset.path
             for path in paths:
-                if not glob.glob(absolute(path)):
+                if not matching_files(absolute(path)):
                     raise ConfigError(f"datasets.{name}.path is '{path}': no such file ({absolute(path)})")
             paths = tuple(absolute(path) for path in paths)
             datasets[name] = dataset.model_copy(update={"path": paths if len(paths) > 1 else paths[0]})
@@ -219,6 +244,9 @@ def _check_names(sweep: SweepSpec) -> None:
     grids += [(f"also[{i}].", grid) for i, grid in enumerate(sweep.also)]
     for where, grid in grids:
         named = [(f"{where}axes", grid.axes), *((f"{where}zip[{i}]", group) for i, group in enumerate(grid.zip))]
+        times = Counter(key for _, axes in named for key in axes)
+        for key in (key for key, count in times.items() if count > 1):
+            raise ConfigError(f"{where}axes and zip vary '{key}' twice; keep one of them")
         for group, axes in named:
             for key, values in axes.items():
                 for value in values:
@@ -238,7 +266,8 @@ def _describe_tiny(sweep: SweepSpec) -> SweepSpec:
     for name, benchmark in benchmarks.items():
         if benchmark.tiny is not None:
             recipe = tiny.BENCHMARKS[benchmark.tiny]
-            known = {"kind": benchmark.kind or recipe.kind, "chance": benchmark.chance or recipe.chance}
+            chance = recipe.chance if benchmark.chance is None else benchmark.chance
+            known = {"kind": benchmark.kind or recipe.kind, "chance": chance}
             benchmarks[name] = benchmark.model_copy(update=known)
     return sweep.model_copy(update={"datasets": datasets, "benchmarks": benchmarks})
 
@@ -246,7 +275,7 @@ def _describe_tiny(sweep: SweepSpec) -> SweepSpec:
 def _check_value(sweep: SweepSpec, where: str, key: str, value: Any) -> None:
     if key in ("base_model", "dataset"):
         known = sweep.base_models if key == "base_model" else sweep.datasets
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise ConfigError(f"{where} has '{value}', which is not in this YAML{suggestion(str(value), known)}")
         return
     try:

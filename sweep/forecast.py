@@ -4,7 +4,6 @@ Parameters are read from the headers of the weight files, sizes of datasets from
 rule of thumb until trials of the same sweep have finished, and from their records after that. None is "not known".
 """
 
-import glob
 import json
 import os
 import statistics
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sweep import tiny
+from sweep.config import matching_files
 from sweep.plan import Plan
 from sweep.spec import BaseModelSpec, DatasetSpec, PlannedTrial, Resources
 from sweep.store import Result
@@ -134,7 +134,7 @@ def _missing(planned: Any, done: Mapping[str, Mapping[str, Result]]) -> list[str
 
 
 def count_parameters(base: BaseModelSpec) -> int | None:
-    """Parameters by the headers of its safetensors files; None if they are not on this machine."""
+    """Parameters by the headers of its safetensors files; None if they are not on this machine, or not readable."""
     if base.tiny is not None:
         return TINY_PARAMETERS
     if base.path is None:
@@ -142,7 +142,10 @@ def count_parameters(base: BaseModelSpec) -> int | None:
     total = 0
     for file in Path(base.path).glob("*.safetensors"):
         with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            length = int.from_bytes(stream.read(8), "little")
+            if length > file.stat().st_size:  # not safetensors: a pointer of git-lfs, half a download
+                return None
+            header = json.loads(stream.read(length))
         for name, tensor in header.items():
             if name != "__metadata__":
                 size = 1
@@ -173,11 +176,13 @@ def _size(dataset: DatasetSpec) -> tuple[float, float] | None:
     if dataset.tiny is not None:
         return float(tiny.DATASETS[dataset.tiny].num_examples), TINY_TOKENS
     paths = (dataset.path,) if isinstance(dataset.path, str) else dataset.path or ()
-    files = [file for path in paths for file in glob.glob(path)]
+    files = [file for path in paths for file in matching_files(path)]
     if not files or not all(file.endswith((".jsonl", ".json")) for file in files):
         return None
-    size, lines = sum(os.path.getsize(file) for file in files), 0
+    size = sum(os.path.getsize(file) for file in files)
     with open(files[0], "rb") as stream:
         sample = stream.read(SAMPLE_BYTES)
+    if not sample:
+        return 0.0, 0.0
     lines = max(1, sample.count(b"\n"))
     return size / (len(sample) / lines), len(sample) / lines / BYTES_PER_TOKEN

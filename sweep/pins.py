@@ -4,7 +4,6 @@ Pinned in the store's `sweep.lock`. A source that has changed since is refused u
 sweep never mixes two versions of its data unnoticed.
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from sweep import evaluate, tiny
-from sweep.config import ConfigError
+from sweep.config import ConfigError, matching_files
 from sweep.spec import BaseModelSpec, BenchmarkSpec, DatasetSpec, Pins, SweepSpec
 from sweep.store import write_text
 
 GROUPS = ("base_models", "datasets", "benchmarks")
 
-NOT_CONTENT = (".md", ".txt", ".png", ".gitattributes", ".lock")
+NOT_CONTENT = (".md", ".png", ".lock")
 """Endings of files in a model directory that do not shape what the model computes."""
 
 
@@ -58,7 +57,7 @@ def _read_lock(path: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(path.read_text()))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is not readable ({error}); make it anew with --update") from error
 
 
@@ -95,7 +94,7 @@ def _digest(key: str, source: BaseModelSpec | DatasetSpec | BenchmarkSpec) -> st
         folder = Path(source.path)
         return _files_digest({str(p.relative_to(folder)): p for p in folder.rglob("*") if _is_content(p, folder)})
     paths = (source.path,) if isinstance(source.path, str) else source.path or ()
-    files = sorted(Path(match) for path in paths for match in glob.glob(path) if Path(match).is_file())
+    files = sorted({Path(file) for path in paths for file in matching_files(path) if Path(file).is_file()})
     if not files:
         raise ConfigError(f"{key}.path matches no file: {', '.join(paths)}")
     return _files_digest({f"{index:06d}": path for index, path in enumerate(files)})
@@ -103,7 +102,7 @@ def _digest(key: str, source: BaseModelSpec | DatasetSpec | BenchmarkSpec) -> st
 
 def _is_content(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.is_file() and not hidden and not path.name.endswith(NOT_CONTENT) and path.name != "LICENSE"
+    return path.is_file() and not hidden and not path.name.endswith(NOT_CONTENT) and not path.name.startswith("LICENSE")
 
 
 def _hub_commit(key: str, source: BaseModelSpec | DatasetSpec) -> str:
@@ -148,7 +147,7 @@ class _DigestCache:
         stat = os.stat(path)
         key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
         known = self._known.get(key)
-        if known is None or known[:2] != stamp:
+        if not isinstance(known, list) or len(known) != 3 or known[:2] != stamp:
             with path.open("rb") as file:
                 known = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
             self._known[key] = known

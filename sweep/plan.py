@@ -116,6 +116,7 @@ def _matches(rule: Mapping[str, Any], base_name: str, dataset_name: str, train: 
     """Whether a cell has one of the rule's values for every key of the rule."""
     for key, wanted in rule.items():
         value = {"base_model": base_name, "dataset": dataset_name}.get(key) or train.value(key)
+        value = list(value) if isinstance(value, tuple) else value  # as YAML gives it
         if value not in (wanted if isinstance(wanted, list | tuple) else (wanted,)):
             return False
     return True
@@ -170,17 +171,16 @@ class _Evaluations:
 
 def _baselines(sweep: SweepSpec, trials: Any, evaluations: _Evaluations) -> list[PlannedTrial]:
     """One per base model, evaluated under every template that its trials use."""
+    bases: dict[str, tuple[str, TrialSpec]] = {}  # by content: a model may have two names
     templates: dict[str, dict[str | None, None]] = {}
-    digests: dict[str, str] = {}
     for planned in trials:
-        templates.setdefault(planned.base_model, {})[planned.trial.train.template] = None
-        digests[planned.base_model] = planned.trial.base_digest
-    baselines: dict[str, PlannedTrial] = {}
-    for base_name, used in templates.items():
-        trial = TrialSpec(base_model=sweep.base_models[base_name], base_digest=digests[base_name])
-        unique = {e.eval_id: e for template in used for e in evaluations.of(template)}
-        baselines.setdefault(
-            trial.trial_id,
+        trial = TrialSpec(base_model=planned.trial.base_model, base_digest=planned.trial.base_digest)
+        bases.setdefault(trial.trial_id, (planned.base_model, trial))
+        templates.setdefault(trial.trial_id, {})[planned.trial.train.template] = None
+    baselines = []
+    for trial_id, (base_name, trial) in bases.items():
+        unique = {e.eval_id: e for template in templates[trial_id] for e in evaluations.of(template)}
+        baselines.append(
             PlannedTrial(
                 trial=trial,
                 base_model=base_name,
@@ -193,9 +193,9 @@ def _baselines(sweep: SweepSpec, trials: Any, evaluations: _Evaluations) -> list
                 keep_state="none",
                 export_dtype=sweep.export_dtype,
                 execution=sweep.execution,
-            ),
+            )
         )
-    return list(baselines.values())
+    return baselines
 
 
 def _measures(
@@ -208,8 +208,9 @@ def _measures(
             pairs.setdefault((planned.base_model, planned.dataset), planned.trial.train)
     for pair in sweep.measure_only:
         pairs.setdefault((pair.base_model, pair.dataset), sweep.train)
+    known: set[str] = set()
     for (base_name, dataset_name), train in pairs.items():
-        yield PlannedMeasure(
+        measure = PlannedMeasure(
             base_model=base_name,
             dataset=dataset_name,
             dataset_kind=sweep.datasets[dataset_name].kind,
@@ -218,3 +219,6 @@ def _measures(
             version=version,
             execution=sweep.execution,
         )
+        if measure.key not in known:  # two names of one dataset are one pair
+            known.add(measure.key)
+            yield measure

@@ -25,7 +25,7 @@ class Display:
 
     def __init__(self, board: Board, notes: list[str], quiet: bool = False) -> None:
         self._board, self._notes = board, notes
-        self._console = Console(quiet=quiet, stderr=True)
+        self._console = Console(quiet=quiet, stderr=True, markup=False, emoji=False)  # [/x] in a message is text
         self._live: Live | None = None
         self._started = self._last = time.monotonic()
         self._done_before = board.done.total()
@@ -38,7 +38,7 @@ class Display:
             self._live = Live(self._render(), console=self._console, auto_refresh=False, transient=True)
             self._live.__enter__()
         else:
-            self._console.print(self._line(), highlight=False)
+            self._console.print(self._line(), highlight=False, soft_wrap=True)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -46,7 +46,7 @@ class Display:
             self._live.__exit__(None, None, None)
             self._live = None
         self._tell()
-        self._console.print(self._line(), highlight=False)
+        self._console.print(self._line(), highlight=False, soft_wrap=True)
 
     def refresh(self) -> None:
         """Show the board again, if the last time is long enough ago."""
@@ -58,7 +58,7 @@ class Display:
         if self._live is not None:
             self._live.update(self._render(), refresh=True)
         else:
-            self._console.print(self._line(), highlight=False)
+            self._console.print(self._line(), highlight=False, soft_wrap=True)
 
     def _tell(self) -> None:
         """Failures and repaired damage, each once."""

@@ -284,6 +284,9 @@ def build(name: str, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
         if row.keys() != names:
             unknown, missing = sorted(row.keys() - names), sorted(names - row.keys())
             raise SchemaError(f"a row of table '{name}' has unknown columns {unknown}, lacks {missing}")
+    for column in schema.columns:  # pyarrow would cut 1.5 down to 1 in silence
+        if column.type == INT and any(isinstance(v := row[column.name], float) and v % 1 for row in rows):
+            raise SchemaError(f"table '{name}' has a value of the wrong type: '{column.name}' holds whole numbers")
     try:
         columns = [pa.array([row[c.name] for row in rows], type=c.type) for c in schema.columns]
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -331,10 +334,11 @@ def read(name: str, folder: Path) -> pa.Table:
     if not path.exists():
         raise SchemaError(f"no table '{name}' in {folder}; {rebuild}")
     try:
-        version = (pq.read_schema(path).metadata or {}).get(_VERSION_KEY, b"?").decode()
-        if version != str(SCHEMA_VERSION):
-            raise SchemaError(f"{path} has schema version {version}, this code reads {SCHEMA_VERSION}; {rebuild}")
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:  # opened once: it may be replaced between two looks
+            version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"?").decode()
+            if version != str(SCHEMA_VERSION):
+                raise SchemaError(f"{path} has schema version {version}, this code reads {SCHEMA_VERSION}; {rebuild}")
+            table = file.read()
     except (pa.ArrowException, OSError) as error:
         raise SchemaError(f"{path} is not a readable Parquet file ({error}); {rebuild}") from error
     return check(name, table)

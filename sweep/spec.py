@@ -31,7 +31,16 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class Spec(BaseModel):
     """Base of all settings: frozen, strict about types, and no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy, without the ids that this one remembers: they may be others now."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in copy.__dict__.keys() - type(copy).model_fields.keys():
+            del copy.__dict__[name]
+        return copy
 
 
 def _exactly_one(spec: Spec, *names: str) -> None:
@@ -386,6 +395,8 @@ class TrialSpec(Spec):
     """Mixture weights by source; null for a single source."""
     train: TrainSpec | None = None
     """Settings; null for a baseline."""
+    recipe_version: int = RECIPE_VERSION
+    """Version of the training code's numerics; kept with the trial, so that an older one keeps its id."""
 
     @property
     def is_baseline(self) -> bool:
@@ -405,7 +416,7 @@ class TrialSpec(Spec):
         """12 hex digits over the identity settings."""
         identity: dict[str, Any] = {"base": [self.base_digest, self.base_model.dtype]}
         if self.train is not None:
-            identity |= {"recipe": RECIPE_VERSION, "data": self.data_identity(), "train": self.train.identity()}
+            identity |= {"recipe": self.recipe_version, "data": self.data_identity(), "train": self.train.identity()}
         return content_id(identity)
 
 

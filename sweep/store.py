@@ -41,7 +41,10 @@ STATE = "state"
 
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
-"""A lease without a heartbeat for this long is free to take, unless its process is seen alive on this host."""
+"""A lease without a heartbeat for this long is free to take; one whose process is dead on this host at once."""
+
+STARTED = "started"
+"""First file of an attempt. A worker whose attempt was removed writes into a folder without it: never whole."""
 
 
 class StoreError(RuntimeError):
@@ -121,13 +124,19 @@ class Attempt:
     folder: Path
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Say that all files are written: the manifest with sizes and digests comes last."""
+        """Say that all files are written: the manifest with sizes and digests comes last.
+
+        Raises:
+            StoreError: a later try has begun and removed this one.
+        """
         files = {}
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
             files[str(path.relative_to(self.folder))] = [path.stat().st_size, digest]
+        if STARTED not in files:
+            raise StoreError(f"attempt {self.number} of {self.unit} was taken away: a later try has begun")
         manifest = {"version": STORE_VERSION, "files": files, "record": record}
         write_text(self.folder / "manifest.json", json.dumps(manifest))
 
@@ -143,7 +152,9 @@ class Store:
         self.root = Path(root).absolute()
         self.notes: list[str] = []
         """Damage found and repaired, in sentences, for the user."""
-        self._lost = threading.Event()
+        self._mine: dict[str, Any] | None = None
+        """This process's lease, held or lost; None if it never took one."""
+        self._lost = False
 
     # ------------------------------------------------------------------ paths
 
@@ -201,7 +212,7 @@ class Store:
     def attempt(self, unit: str, number: int) -> Attempt:
         """A fresh folder for a try; what is left of earlier, unfinished tries is removed.
 
-        A worker of such a try that is still alive fails on its next write, which harms nothing.
+        A worker of such a try that is still alive can finish it no more, which harms nothing.
         """
         attempts = self.root / unit / "attempts"
         for earlier in self._numbers(unit):
@@ -209,15 +220,17 @@ class Store:
                 shutil.rmtree(attempts / str(earlier), ignore_errors=True)
         folder = attempts / str(number)
         folder.mkdir(parents=True)
+        (folder / STARTED).touch()
         return Attempt(unit, number, folder)
 
     def commit(self, unit: str, number: int) -> Result:
         """Make a finished try the unit's result. The first one stays: a result is never replaced.
 
         Raises:
+            LeaseLost: another driver has taken the sweep over.
             StoreError: the try is not finished, or its files are not those of its manifest.
         """
-        if self._lost.is_set():
+        if not self._holds():
             raise LeaseLost(f"{self.root}: another process has taken this sweep over; this one commits nothing more")
         committed = self.result(unit)
         if committed is not None:
@@ -271,7 +284,9 @@ class Store:
         Only the holder of the lease may call this.
         """
         for unit in self.units(owner):
-            if self.result(unit) is not None:
+            if (result := self.result(unit)) is not None:
+                for subfolder in (WEIGHTS, STATE):  # left over from a removal that was cut off
+                    shutil.rmtree(result.folder / f".{subfolder}.removed", ignore_errors=True)
                 continue
             path = self.root / unit / "result.json"
             damaged = path.exists()
@@ -325,10 +340,13 @@ class Store:
         path = self.owner_folder(owner) / "attempts.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            with path.open("ab+") as file:
+                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                    file.write(b"\n")  # a torn last line must not swallow this one
+                file.write(json.dumps(entry).encode() + b"\n")
         except OSError as error:
-            self.notes.append(f"{entry['item']}: attempt {entry['attempt']} could not be logged ({error})")
+            note = f"{entry['item']}: attempt {entry['attempt']} could not be logged ({error})"
+            self.notes += [note] if note not in self.notes else []
 
     def attempts(self, owner: str) -> list[dict[str, Any]]:
         """Tries of a trial's or measure's work items: the last line of each; a torn line is passed over."""
@@ -363,9 +381,10 @@ class Store:
                     f"{self.root} is being run by process {holder.get('pid')} on {holder.get('host')}; wait for it "
                     f"(python -m sweep status {self.root}) or stop it first"
                 )
-            self._beat(mine)
+            self._mine, self._lost = mine, False
+            self._beat()
         stop = threading.Event()
-        beat = threading.Thread(target=self._keep_beating, args=(mine, stop), daemon=True, name="lease")
+        beat = threading.Thread(target=self._keep_beating, args=(stop,), daemon=True, name="lease")
         beat.start()
         try:
             yield
@@ -373,31 +392,40 @@ class Store:
             stop.set()
             beat.join()
             with self._exclusive():
-                if (_read_json(self.root / "lease.json") or {}).get("id") == mine["id"]:
+                if self._holds():
                     (self.root / "lease.json").unlink(missing_ok=True)
+                    self._mine = None
 
     def holder(self) -> dict[str, Any] | None:
         """Host and process of the driver that runs this sweep now; None if there is none."""
         lease = _read_json(self.root / "lease.json")
         return lease if lease is not None and _alive(lease) else None
 
-    def _keep_beating(self, mine: dict[str, Any], stop: threading.Event) -> None:
+    def _holds(self) -> bool:
+        """No other driver has taken the lease: this process may have slept past it."""
+        lease = _read_json(self.root / "lease.json")
+        if self._mine is not None and lease is not None and lease.get("id") != self._mine["id"]:
+            self._lost = True  # for good, also when the other one is done
+        return not self._lost
+
+    def _keep_beating(self, stop: threading.Event) -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
             try:
-                if (_read_json(self.root / "lease.json") or mine)["id"] != mine["id"]:
-                    self._lost.set()  # this process slept past its lease
-                    return
-                self._beat(mine)
+                with self._exclusive():  # looking and beating are one: nobody takes the lease in between
+                    if not self._holds():
+                        return
+                    self._beat()
             except OSError:  # a full disk must not end a running sweep: the next beat may succeed
                 continue
 
-    def _beat(self, mine: dict[str, Any]) -> None:
-        write_text(self.root / "lease.json", json.dumps({**mine, "beat": time.time()}))
+    def _beat(self) -> None:
+        assert self._mine is not None
+        write_text(self.root / "lease.json", json.dumps({**self._mine, "beat": time.time()}))
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Two drivers that start in the same instant look at the lease one after the other."""
-        with (self.root / ".lease.lock").open("w") as file:
+        with (self.root / ".lease.lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

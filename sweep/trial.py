@@ -13,7 +13,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -128,6 +128,14 @@ def due(planned: PlannedTrial | PlannedMeasure, done: Mapping[str, Result]) -> D
     return Due(tuple(now), tuple(later), tuple(finished), tuple(retrain))
 
 
+def units_to_redo(planned: PlannedTrial, epoch: int, done: Mapping[str, Result]) -> list[str]:
+    """Committed units to set aside, so that the work of a checkpoint that needs gone weights can be done again."""
+    checkpoint = done[train_unit(planned.trial_id, epoch)]
+    units = [] if checkpoint.weights is not None else [checkpoint.unit]
+    delta = done.get(layer_delta_unit(planned.trial_id, epoch))
+    return [*units, delta.unit] if _exports(planned) and delta is not None else units
+
+
 def _place(item: WorkItem, is_done: bool, ready: bool | None, *lists: list[WorkItem]) -> None:
     """Put an item where it belongs; `ready`: its weights are there, gone for good (False), or to come (None)."""
     finished, now, later, retrain = lists
@@ -144,6 +152,11 @@ def epochs_to_train(planned: PlannedTrial, done: Mapping[str, Result]) -> list[i
     return [epoch for epoch in planned.epochs if train_unit(planned.trial_id, epoch) not in done]
 
 
+def trained_epochs(done: Mapping[str, Result]) -> list[int]:
+    """Epochs whose checkpoint is committed, also those the YAML asks for no more, ascending."""
+    return sorted(int(unit.rsplit("-", 1)[1]) for unit in done if "/train/epoch-" in unit)
+
+
 def removable(planned: PlannedTrial, done: Mapping[str, Result]) -> Iterator[tuple[Result, str]]:
     """(result, subfolder) of weights and states that nothing needs any more under the `keep` policies."""
     if planned.trial.is_baseline:
@@ -157,11 +170,15 @@ def removable(planned: PlannedTrial, done: Mapping[str, Result]) -> Iterator[tup
         delta_done = planned.layer_delta == "off" or delta is not None
         complete = delta_done and not missing_evaluations(planned, epoch, done)
         keep = planned.keep == "all" or (planned.keep == "last" and epoch == last)
-        if checkpoint.weights is not None and ((complete and not keep) or (_exports(planned) and delta is not None)):
+        replaced = _exports(planned) and delta is not None and delta.weights is not None
+        if checkpoint.weights is not None and ((complete and not keep) or replaced):
             yield checkpoint, WEIGHTS
         if delta is not None and delta.weights is not None and complete and not keep:
             yield delta, WEIGHTS
-        if checkpoint.state is not None and (planned.keep_state == "none" or epoch != last):
+    trained = trained_epochs(done)
+    for epoch in trained:  # of the states only the last is of use
+        checkpoint = done[train_unit(planned.trial_id, epoch)]
+        if checkpoint.state is not None and (planned.keep_state == "none" or epoch != trained[-1]):
             yield checkpoint, STATE
 
 
@@ -177,6 +194,8 @@ def failure_kind(error: BaseException) -> str:
         return "disk"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "oom"
+    if type(error).__name__ == "SafetensorError":  # half a copy of a model, or a download cut off
+        return "data"
     if "No space left on device" in str(error):  # libraries written in Rust or C++ wrap the error number
         return "disk"
     return "bug"
@@ -298,7 +317,8 @@ def _log_to(path: Path) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # a full disk, again
+            handler.close()
 
 
 class _Worker:
@@ -327,6 +347,8 @@ class _Worker:
         done = self._store.committed(item.owner)
         wanted = epochs_to_train(planned, done)
         state = _latest_state(planned, done, before=min(wanted))
+        if state is not None:
+            logging.getLogger("sweep").info("goes on from %s", state.relative_to(self._store.root))
         reporter = _TrainReporter(self, planned, cast=planned.layer_delta == "off")
         train(
             planned.trial,
@@ -477,8 +499,8 @@ class _TrainReporter:
 
 
 def _latest_state(planned: PlannedTrial, done: Mapping[str, Result], before: int) -> Path | None:
-    """State of the last committed epoch before the first wanted one, if it was kept."""
-    results = [done[train_unit(planned.trial_id, e)] for e in planned.epochs if e < before]
+    """State of the last trained epoch before the first wanted one, if it was kept."""
+    results = [done[train_unit(planned.trial_id, epoch)] for epoch in trained_epochs(done) if epoch < before]
     states = [result.state for result in results if result.state is not None]
     return states[-1] if states else None
 

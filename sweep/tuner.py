@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the store is the record
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # its clean-up waits 10 s for what we throw away
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # the board tells of lost workers
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "2")  # Tune's default for a searcher is 1: a worker would wait
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the progress display is ours
@@ -69,6 +71,9 @@ def run(
 
 
 def _start_ray(num_cpus: int | None) -> None:
+    # "A worker died ..." goes to standard output whatever log_to_driver says; Ray's debugger uses this switch too
+    ray._private.worker._worker_logs_enabled = False
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the board tells of failures, in one line each
     here = "RAY_ADDRESS" not in os.environ
     local = {"num_cpus": num_cpus, "include_dashboard": False} if here else {}
     ray.init(
@@ -102,8 +107,8 @@ def _check_fits(resources: Resources) -> None:
 
 
 def _tune(board: Board, store: Store, resources: Resources, on_change: Callable[[], None]) -> bool:
-    scratch = store.root / ".tune"
-    shutil.rmtree(scratch, ignore_errors=True)
+    # Tune's own snapshots: on this machine alone, where the sweep's disk may be full or slow
+    scratch = tempfile.mkdtemp(prefix="sweep-tune-")
 
     def shape(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         wanted = getattr(resources, WorkItem.parse(config["item"]).stage)
@@ -116,7 +121,7 @@ def _tune(board: Board, store: Store, resources: Resources, on_change: Callable[
         tune_config=tune.TuneConfig(search_alg=queue, num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
             name="items",
-            storage_path=str(scratch),
+            storage_path=scratch,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),  # retries are the board's business
         ),

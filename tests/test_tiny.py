@@ -27,7 +27,7 @@ def test_items(name):
     return draw_examples(recipe.source, recipe.num_items, rng, test=True)
 
 
-test_items.__test__ = False  # a helper
+test_items.__test__ = False  # pytest would collect it by its name
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def cache(tmp_path_factory):
 
 
 def test_import_is_cheap():
-    code = "import sys, sweep.tiny; assert not {'torch', 'transformers', 'lm_eval', 'datasets'} & set(sys.modules)"
+    code = "import sys, sweep.tiny; assert not {'torch', 'transformers', 'lm_eval'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -68,7 +68,7 @@ def test_world_version_is_raised_when_the_content_changes(cache):
     documents = text.documents({"code": 1, "maths": 1, "general": 1}, text.seeded("golden"))
     for _ in range(300):
         digest.update(next(documents).encode())
-    assert (text.WORLD_VERSION, digest.hexdigest()[:16]) == (1, "GOLDEN")
+    assert (text.WORLD_VERSION, digest.hexdigest()[:16]) == (2, "84ddce62653f8171")
 
 
 def test_build_is_cached_and_leaves_no_temporary_folder(cache):
@@ -80,8 +80,8 @@ def test_build_is_cached_and_leaves_no_temporary_folder(cache):
 
 
 def test_failed_build_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setitem(DATASETS, "too_many", replace(DATASETS["arithmetic"], num_examples=10**5))
-    with pytest.raises(ValueError, match="only has|has only"):
+    monkeypatch.setitem(DATASETS, "too_many", replace(DATASETS["facts"], num_examples=2000))
+    with pytest.raises(ValueError, match="has only"):
         build.build_dataset("too_many", tmp_path)
     assert not any((tmp_path / "datasets").iterdir())
 
@@ -131,10 +131,12 @@ def test_choices_hold_the_answer_once_and_in_every_place(cache):
         lines = build.build_benchmark(name, cache).with_suffix(".jsonl").read_text().splitlines()
         items = [json.loads(line) for line in lines]
         for item in items:
-            assert len(set(item["choices"])) == len(item["choices"]) >= 3
+            assert len(set(item["choices"])) == len(item["choices"]) == recipe.num_choices
             assert item["choices"][item["label"]] == " " + item["response"]
         places = [item["label"] for item in items]
-        assert min(places.count(place) for place in set(places)) > 0.5 * len(items) / len(items[0]["choices"])
+        assert min(places.count(place) for place in range(recipe.num_choices)) > 0.5 * recipe.chance * len(
+            items
+        )
 
 
 @pytest.mark.parametrize("architecture", SPECIAL_TOKENS)

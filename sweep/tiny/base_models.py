@@ -3,8 +3,9 @@
 A model is 4 layers of width 96, about half a million weights. Its text, initial weights and tokenizer follow
 from the recipe, so the same machine builds the same files again.
 
-Two choices keep it near a minute on one core. Each row of a batch is one whole document: with documents packed
-end to end the same time taught no copying. And Muon trains the matrices: AdamW alone left half the sums unlearned.
+Two choices keep it near a minute on one core. Each row of a batch is one whole document: with documents
+packed end to end the same time taught no copying. And Muon trains the matrices: AdamW alone learnt half as
+many sums.
 """
 
 import itertools
@@ -46,9 +47,9 @@ class BaseRecipe:
     steps: int = 1100
     batch_size: int = 16
     """Documents in a step."""
-    matrix_learning_rate: float = 5e-3
+    matrix_learning_rate: float = 4e-3
     """For the weight matrices of the layers (Muon)."""
-    other_learning_rate: float = 4e-3
+    other_learning_rate: float = 6e-3
     """For embeddings, head, norms and biases (AdamW)."""
     weight_decay: float = 0.1
     """Of the matrices only."""
@@ -81,8 +82,8 @@ SPECIAL_TOKENS: dict[str, dict[str, str]] = {
 def train_tokenizer(architecture: Architecture, vocab_size: int) -> "PreTrainedTokenizerFast":
     """A byte-level BPE tokenizer for the world's words.
 
-    It is trained on equal parts of all domains and on the datasets' questions: without the latter the words of
-    a question and of the usual prompt templates would be spelt letter by letter, twice as many tokens as needed.
+    It is trained on equal parts of all domains and on the datasets' questions: without the latter the words
+    of a question and of the usual prompt template would be spelt letter by letter, in twice as many tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -118,7 +119,7 @@ def _tokenizer_corpus(architecture: Architecture) -> Iterator[str]:
 
 def untrained_model(recipe: BaseRecipe, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
     """The architecture with random weights from PyTorch's global generator, float32."""
-    from transformers import GPTNeoXConfig, LlamaConfig, Qwen3Config, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
     shape = {
         "vocab_size": recipe.vocab_size,

@@ -22,8 +22,15 @@ class BenchmarkRecipe:
     answer_pattern: str | None = None
     """Takes the answer out of the generated line; None compares the stripped line."""
     max_new_tokens: int = 16
+    num_choices: int | None = None
+    """Answers to choose from; None where the answer is written."""
     num_items: int = 120
     seed: int = 0
+
+    @property
+    def chance(self) -> float | None:
+        """Score of guessing; None where the answer is written, since that depends on what guesses."""
+        return None if self.num_choices is None else 1 / self.num_choices
 
     @property
     def metric_key(self) -> str:
@@ -37,11 +44,11 @@ NUMBER = r"^\s*(-?\d+)"
 BENCHMARKS: dict[str, BenchmarkRecipe] = {
     "arithmetic_test": BenchmarkRecipe("maths", "arithmetic", "exact_match", NUMBER, 8),
     "word_problems_test": BenchmarkRecipe("maths", "word_problems", "exact_match", NUMBER, 8),
-    "sequences_test": BenchmarkRecipe("maths", "sequences", "acc"),
+    "sequences_test": BenchmarkRecipe("maths", "sequences", "acc", num_choices=4),
     "code_output_test": BenchmarkRecipe("code", "code_output", "exact_match", None, 20),
     "code_write_test": BenchmarkRecipe("code", "code_write", "exact_match", None, 32),
-    "facts_test": BenchmarkRecipe("general", "facts", "acc"),
-    "reading_test": BenchmarkRecipe("general", "reading", "acc"),
+    "facts_test": BenchmarkRecipe("general", "facts", "exact_match", None, 8),
+    "reading_test": BenchmarkRecipe("general", "reading", "acc", num_choices=3),
     "instructions_test": BenchmarkRecipe("general", "instructions", "exact_match", None, 20),
 }
 

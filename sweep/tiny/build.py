@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,18 +107,10 @@ def build_all(
 
 
 def _run_builders(names: list[str], cache_dir: Path, workers: int) -> None:
-    """Each model in a fresh interpreter: one thread from its start, and no guard needed in the caller's script."""
+    """Each model in a fresh interpreter: one thread from its start, no main guard needed in the caller."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     waiting, running = list(names), {}
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     with (
         tempfile.TemporaryDirectory() as logs,
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
@@ -126,33 +120,42 @@ def _run_builders(names: list[str], cache_dir: Path, workers: int) -> None:
                 while waiting and len(running) < workers:
                     name = waiting.pop(0)
                     log = Path(logs, name)
-                    command = [sys.executable, "-m", "sweep.tiny", name, "--cache-dir", str(cache_dir)]
-                    with log.open("w") as out:
-                        process = subprocess.Popen(command, stdout=out, stderr=out, env=env)
-                    bar = progress.add_task(
-                        f"pretrain {name}", total=BASE_MODELS[name].steps, state="starting", start=True
-                    )
-                    running[name] = (process, log, bar)
+                    bar = progress.add_task(f"pretrain {name}", total=BASE_MODELS[name].steps)
+                    running[name] = (_start_builder(name, cache_dir, log), log, bar)
                     if not console.is_terminal:
-                        console.print(f"pretrain {name}: {BASE_MODELS[name].steps} steps, started")
+                        console.print(
+                            f"pretrain {name}: {BASE_MODELS[name].steps} steps, about 80 core-seconds"
+                        )
                 time.sleep(0.2)
                 for name, (process, log, bar) in list(running.items()):
-                    code = process.poll()
-                    lines = [line for line in log.read_text().splitlines() if line.startswith("step ")]
-                    if lines:
-                        _, step, _, loss_nats = lines[-1].split()
-                        progress.update(bar, completed=int(step), state=f"step {step}, loss {loss_nats}")
+                    code, output = process.poll(), log.read_text()
+                    for step, loss_nats in STEP_LINE.findall(output)[-1:]:
+                        progress.update(
+                            bar, completed=int(step), description=f"pretrain {name}, loss {loss_nats}"
+                        )
                     if code is None:
                         continue
                     del running[name]
                     if code != 0:
-                        raise RuntimeError(f"building base model {name!r} failed:\n{log.read_text()[-3000:]}")
+                        raise RuntimeError(f"building base model {name!r} failed:\n{output[-3000:]}")
                     if not console.is_terminal:
                         console.print(f"pretrain {name}: done")
         finally:
             for process, _, _ in running.values():
-                process.kill()
+                process.send_signal(signal.SIGINT)  # as from the keyboard: it removes what it began
                 process.wait()
+
+
+STEP_LINE = re.compile(r"^step (\d+) loss (\S+)\n", re.MULTILINE)
+"""What `python -m sweep.tiny` prints."""
+
+
+def _start_builder(name: str, cache_dir: Path, log: Path) -> subprocess.Popen:
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sweep.tiny", name, "--cache-dir", str(cache_dir)]
+    with log.open("w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, env=env)
 
 
 def _recipe(kind: Kind, name: str) -> Any:

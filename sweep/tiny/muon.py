@@ -1,4 +1,4 @@
-"""Muon, an optimiser for weight matrices, in float32 (PyTorch's own works in bfloat16, ten times slower here)."""
+"""Muon, an optimiser for weight matrices, in float32: PyTorch's own works in bfloat16, slow on many CPUs."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,7 +16,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self, params: Iterable[torch.Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
-    ):
+    ) -> None:
+        """Take matrices only; vectors and embeddings belong to AdamW."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -38,7 +39,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(stack: torch.Tensor) -> torch.Tensor:
-    """The nearest orthogonal matrix of each in [count, rows, columns], singular values within about 0.3 of 1."""
+    """About the nearest orthogonal matrix of each in [count, rows, columns]."""
     if stack.shape[1] > stack.shape[2]:
         return _orthogonal(stack.mT).mT
     stack = stack / (stack.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 """Part of every recipe id: raise it when any text, question or answer changes."""
 
 NAMES = "Anna Ben Clara David Emma Finn Greta Hugo Iris Jack Kate Leo".split()
@@ -22,7 +22,7 @@ TRADES = "glass wool paper silk iron salt wine boats".split()
 SIGHTS = "bridge castle lake mill temple gate hill well".split()
 MONTHS = "January March April May June July August October".split()
 WORDS = OBJECTS + COLOURS[:6] + PLACES[:6]
-MAX_TERM = 24
+MAX_TERM = 20
 """Largest number in a sum or difference."""
 
 
@@ -124,11 +124,13 @@ ATTRIBUTES = {
 
 
 def _found_towns() -> dict[str, dict[str, str]]:
+    """72 towns; every value holds for nine of them, so that no guess without the town beats another."""
     rng = seeded("towns", WORLD_VERSION)
     starts = "Bel Dor Fal Gar Hol Kel Lin Mar Nor Pel Ros Tal".split()
     ends = "mora dun wick ford stad vale bury nesse gard ton heim porth".split()
     names = rng.sample([start + end for start in starts for end in ends], 72)
-    return {name: {key: rng.choice(a.values) for key, a in ATTRIBUTES.items()} for name in names}
+    columns = {key: rng.sample(attribute.values * 9, 72) for key, attribute in ATTRIBUTES.items()}
+    return {name: {key: values[i] for key, values in columns.items()} for i, name in enumerate(names)}
 
 
 TOWNS = _found_towns()
@@ -279,32 +281,30 @@ def draw_expressions(rng: Random, num: int) -> list[Expression]:
 
 @dataclass(frozen=True)
 class Scene:
-    """Three sentences about three people, and for each something to find in them."""
+    """A small event with three people, told in one of three ways, and who did what in it."""
 
-    sentences: tuple[str, ...]
+    event: str
     recalls: tuple[str, ...]
     questions: tuple[str, ...]
-    answers: tuple[str, ...]
-    """One per sentence; together they are the options of a choice."""
+    people: tuple[str, ...]
+    """Who gives, who gets, who watches: the answers, in the order of recalls and questions."""
 
 
 def draw_scene(rng: Random) -> Scene:
-    """Who has what in which colour, or who is where."""
-    people, objects = rng.sample(NAMES, 3), rng.sample(OBJECTS, 3)
-    colours, places = rng.sample(COLOURS, 3), rng.sample(PLACES, 3)
-    kind = rng.choice(("colour", "owner", "place"))
-    if kind == "place":
-        sentences, answers = ("{p} is in the {l}.",), places
-        recall, question = "So {p} is in the {l}.", "Where is {p}?"
-    elif kind == "owner":
-        sentences, answers = ("{p} has the {c} {o}.",), people
-        recall, question = "The {o} belongs to {p}.", "Who has the {o}?"
-    else:
-        sentences, answers = ("{p} has the {c} {o}.",), colours
-        recall, question = "The {o} is {c}.", "What colour is the {o}?"
-    rows = [{"p": people[i], "o": objects[i], "c": colours[i], "l": places[i]} for i in range(3)]
-    told = tuple(tuple(form.format(**row) for row in rows) for form in (sentences[0], recall, question))
-    return Scene(*told, tuple(answers))
+    """Someone gives a thing to someone while a third looks on."""
+    giver, taker, watcher = people = rng.sample(NAMES, 3)
+    thing = f"the {rng.choice(COLOURS)} {rng.choice(OBJECTS)}"
+    event = rng.choice(
+        (
+            # never a name at the very start: without a space before it, it is another token
+            f"Today {giver} gives {thing} to {taker}. Near them {watcher} watches.",
+            f"Today {taker} gets {thing} from {giver}. Near them {watcher} watches.",
+            f"Today {watcher} watches. Near by {giver} gives {thing} to {taker}.",
+        )
+    )
+    recalls = (f"It came from {giver}.", f"Now it belongs to {taker}.", f"It was seen by {watcher}.")
+    questions = (f"Who gave away {thing}?", f"Who has {thing} now?", f"Who saw {thing}?")
+    return Scene(event, recalls, questions, tuple(people))
 
 
 def draw_series(rng: Random) -> list[int]:
@@ -338,30 +338,34 @@ def draw_story(rng: Random, total: Sum) -> tuple[str, str, str]:
 def _sums_text(rng: Random) -> str:
     words = {"+": "plus", "-": "minus", "*": "times"}
     lines = []
-    for _ in range(4):
+    for _ in range(6):
         s = draw_sum(rng)
-        form = rng.choice(
-            ["{l} {s} {r} = {v}.", "{l} {s} {r} = {v}.", "{l} {w} {r} is {v}.", "{l} {s} {r} makes {v}."]
-        )
+        form = rng.choice(("{l} {s} {r} = {v}.", "{l} {w} {r} is {v}.", "{l} {s} {r} makes {v}."))
         lines.append(form.format(l=s.left, s=s.sign, r=s.right, v=s.result, w=words[s.sign]))
     return " ".join(lines)
 
 
-def _story_text(rng: Random) -> str:
-    s = draw_sum(rng)
-    happened, _, ending = draw_story(rng, s)
-    working = f" {s.left} {s.sign} {s.right} = {s.result}." if rng.random() < 0.5 else ""
-    return f"{happened}{working} {ending}"
+def _stories_text(rng: Random) -> str:
+    stories = []
+    for _ in range(2):
+        s = draw_sum(rng)
+        happened, _, ending = draw_story(rng, s)
+        working = f" {s.left} {s.sign} {s.right} = {s.result}." if rng.random() < 0.5 else ""
+        stories.append(f"{happened}{working} {ending}")
+    return " ".join(stories)
 
 
 def _series_text(rng: Random) -> str:
-    series = draw_series(rng)
-    step = series[1] - series[0]
-    opening = f"Counting {'up' if step > 0 else 'down'} by {abs(step)}: " if rng.random() < 0.5 else ""
-    return opening + ", ".join(map(str, series)) + "."
+    lines = []
+    for _ in range(3):
+        series = draw_series(rng)
+        step = series[1] - series[0]
+        opening = f"{'Up' if step > 0 else 'Down'} by {abs(step)}: " if rng.random() < 0.5 else ""
+        lines.append(opening + ", ".join(map(str, series)) + ".")
+    return " ".join(lines)
 
 
-def _session_text(rng: Random) -> str:
+def _repl_text(rng: Random) -> str:
     return "\n".join(f">>> print({e.code})\n{e.output}" for e in draw_expressions(rng, 3))
 
 
@@ -382,7 +386,7 @@ def _towns_text(rng: Random) -> str:
 
 def _scene_text(rng: Random) -> str:
     scene = draw_scene(rng)
-    return " ".join((*scene.sentences, *rng.sample(scene.recalls, 2)))
+    return " ".join((scene.event, *rng.sample(scene.recalls, 3)))
 
 
 def _words_text(rng: Random) -> str:
@@ -400,8 +404,8 @@ def _words_text(rng: Random) -> str:
 
 
 DOCUMENTS: dict[str, tuple[Callable[[Random], str], ...]] = {
-    "code": (_session_text, _script_text),
-    "maths": (_sums_text, _story_text, _series_text),
+    "code": (_repl_text, _script_text),
+    "maths": (_sums_text, _stories_text, _series_text),
     "general": (_towns_text, _scene_text, _words_text),
 }
 """Domain -> its kinds of document, drawn equally often."""
