@@ -79,9 +79,7 @@ def by_cell(gains: pl.DataFrame) -> pl.DataFrame:
             num_items=pl.col("num_items").max(),
             seed_sd=pl.when(known.sum() > 1).then(pl.col("gain").std().round(DIGITS)),
         )
-        .with_columns(
-            low=pl.col("estimate") - Z95 * pl.col("stderr"), high=pl.col("estimate") + Z95 * pl.col("stderr")
-        )
+        .with_columns(low=pl.col("estimate") - Z95 * pl.col("stderr"), high=pl.col("estimate") + Z95 * pl.col("stderr"))
         .sort("base_model", "dataset_kind", "dataset", "benchmark_kind", "benchmark", nulls_last=True)
     )
 
@@ -98,9 +96,7 @@ def over_models(cells: pl.DataFrame) -> pl.DataFrame:
     for key, part in cells.group_by(keys, maintain_order=True):
         known = part.filter(pl.col("estimate").is_not_null()).sort("base_model")
         mean = stats.mean_interval(known["estimate"].to_list(), unit="base models")
-        values = ", ".join(
-            f"{m} {100 * g:+.1f}" for m, g in known.select("base_model", "estimate").iter_rows()
-        )
+        values = ", ".join(f"{m} {100 * g:+.1f}" for m, g in known.select("base_model", "estimate").iter_rows())
         rows.append(
             dict(zip(keys, key, strict=True))
             | {"score": part["score"].mean(), "baseline": known["baseline"].mean()}
@@ -136,9 +132,7 @@ def lora_pairs(gains: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
         for method, side in sides.items()
     }
     pairs = means["full"].join(means["lora"].drop("seed"), on=key, how="inner", nulls_equal=True)
-    pairs = pairs.with_columns(difference=(pl.col("lora") - pl.col("full")).round(DIGITS)).drop_nulls(
-        "difference"
-    )
+    pairs = pairs.with_columns(difference=(pl.col("lora") - pl.col("full")).round(DIGITS)).drop_nulls("difference")
     differ = [s for s in others if s not in shared] if len(sides["full"]) and len(sides["lora"]) else []
     return pairs.sort(*CELL, "data_seed", "epoch", nulls_last=True), differ
 
@@ -152,9 +146,7 @@ def lora_against_full(pairs: pl.DataFrame) -> pl.DataFrame:
     rows = []
     parts = [(name, part) for (name,), part in pairs.group_by("benchmark", maintain_order=True)]
     for name, part in [*sorted(parts, key=lambda p: p[0]), (None, pairs)]:
-        mean = stats.mean_interval(
-            part["difference"].to_list(), part["base_model"].to_list(), unit="base models"
-        )
+        mean = stats.mean_interval(part["difference"].to_list(), part["base_model"].to_list(), unit="base models")
         each = part.group_by("base_model").agg(pl.col("difference").mean()).sort("base_model")
         values = ", ".join(f"{m} {100 * d:+.1f}" for m, d in each.iter_rows())
         rows.append(
@@ -178,9 +170,7 @@ def gain_by_epoch(gains: pl.DataFrame) -> pl.DataFrame:
         `base_model`, `dataset`, `dataset_kind`, `method`, `epoch`, `estimate`, `n` (scores averaged).
     """
     known = gains.drop_nulls("gain")
-    whole = pl.col("epoch").n_unique().over("trial_id", "eval_id") == pl.col("epoch").n_unique().over(
-        "trial_id"
-    )
+    whole = pl.col("epoch").n_unique().over("trial_id", "eval_id") == pl.col("epoch").n_unique().over("trial_id")
     group = ["base_model", "dataset", "dataset_kind", "method", "epoch"]
     return (
         known.filter(whole)

@@ -24,9 +24,7 @@ LOSS, NOTHING, GAIN = "rgba(206,95,0,1)", "rgba(150,150,150,0)", "rgba(15,98,168
 
 PANEL_WIDTH, PANEL_HEIGHT = 380, 210
 
-alt.data_transformers.enable(
-    "default", max_rows=None
-)  # the frames are aggregates; none may be cut or refused
+alt.data_transformers.enable("default", max_rows=None)  # the frames are aggregates; none may be cut or refused
 
 
 def gain_heatmap(frame: pl.DataFrame) -> alt.ConcatChart:
@@ -118,9 +116,7 @@ def predictor_strip(frame: pl.DataFrame) -> alt.ConcatChart:
     known = frame.drop_nulls("estimate").with_columns(pl.col("measure").str.replace_all("_", " "))
     color, shape = _names(known["base_model"], "base_model", "base model")
     y = alt.Y("measure:N", title=None, sort=known["measure"].unique().sort().to_list())
-    x = alt.X(
-        "estimate:Q", title="rank correlation with the gain", scale=alt.Scale(domain=[-1, 1]), axis=_sparse()
-    )
+    x = alt.X("estimate:Q", title="rank correlation with the gain", scale=alt.Scale(domain=[-1, 1]), axis=_sparse())
     base = alt.Chart(known)
     marks = base.mark_point(filled=True, size=80, opacity=0.9).encode(
         x=x,
@@ -303,9 +299,7 @@ def _cells(part: pl.DataFrame, color: alt.Color, strong: str, tooltip: list) -> 
             "benchmark:N",
             title=None,
             sort=columns,
-            axis=alt.Axis(
-                orient="top", labelAngle=-50, labelLimit=110, domain=False, ticks=False, labelPadding=4
-            ),
+            axis=alt.Axis(orient="top", labelAngle=-50, labelLimit=110, domain=False, ticks=False, labelPadding=4),
         ),
         y=alt.Y(
             "dataset:N",
@@ -406,9 +400,7 @@ def specification(chart: alt.ConcatChart) -> dict:
 
 def panels(whole: dict) -> list[tuple[str | None, dict]]:
     """Each panel's title and its own Vega-Lite, as wide as its box and without legend (the page has one)."""
-    shared = {
-        key: whole[key] for key in ("$schema", "config", "data") if key in whole
-    }  # data: of one panel alone
+    shared = {key: whole[key] for key in ("$schema", "config", "data") if key in whole}  # data: of one panel alone
     out = []
     for panel in whole["concat"]:
         panel = _without_legends(panel)

@@ -68,9 +68,7 @@ def correlations(layers: pl.DataFrame, gains: pl.DataFrame) -> pl.DataFrame:
         `base_model`, `method`, `layer`, `depth`, `estimate`, `n` (datasets), `note`.
     """
     group = ["base_model", "method", "dataset"]
-    change = layers.group_by(*group, "layer", "depth").agg(
-        pl.col("relative_norm").mean().round_sig_figs(DIGITS)
-    )
+    change = layers.group_by(*group, "layer", "depth").agg(pl.col("relative_norm").mean().round_sig_figs(DIGITS))
     gain = gains.group_by(*group, "benchmark").agg(pl.col("gain").mean().round(DIGITS))
     joined = change.join(gain, on=group).drop_nulls(["relative_norm", "gain"])
     joined = joined.sort("base_model", "method", "layer", "benchmark", "dataset", nulls_last=True)
@@ -102,9 +100,7 @@ def by_depth(frame: pl.DataFrame) -> pl.DataFrame:
     )
     rows = []
     for (method, part), cell in known.sort("method", "part").group_by("method", "part", maintain_order=True):
-        mean = stats.mean_interval(
-            cell["estimate"].to_list(), cell["base_model"].to_list(), unit="base models"
-        )
+        mean = stats.mean_interval(cell["estimate"].to_list(), cell["base_model"].to_list(), unit="base models")
         rows.append(
             {"method": method, "depth_from": part / NUM_BINS, "depth_to": (part + 1) / NUM_BINS}
             | {"estimate": mean.value, "low": mean.low, "high": mean.high, "n": mean.n, "note": mean.note}

@@ -50,15 +50,7 @@ def number(value: float | None) -> str:
 
 def p_value(value: float | None) -> str:
     """A p-value with the digits that matter."""
-    return (
-        ""
-        if value is None
-        else "&lt; 0.001"
-        if value < 0.001
-        else f"{value:.3f}"
-        if value < 0.1
-        else f"{value:.2f}"
-    )
+    return "" if value is None else "&lt; 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
 def p_equals(value: float) -> str:
@@ -88,9 +80,7 @@ def duration(seconds: float | None) -> str:
         return ""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-    )
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def values_text(text: str | None) -> str:
@@ -193,8 +183,7 @@ class Page:
             self.specs.append((box, spec))
             heading = f"<h3>{escape(title)}</h3>" if title else ""
             boxes.append(
-                f'<div class="panel">{heading}<div class="scroll"><div class="chart" '
-                f'id="{box}"></div></div></div>'
+                f'<div class="panel">{heading}<div class="scroll"><div class="chart" id="{box}"></div></div></div>'
             )
         keys = "".join(
             f'<li><svg viewBox="0 0 12 12" fill="{color}" aria-hidden="true">{_SHAPES.get(shape, "")}</svg>'
@@ -223,9 +212,7 @@ def document(title: str, header: str, sections: list[tuple[str, str, str]], foot
     """
     here = Path(__file__)
     links = "".join(f'<a href="#{anchor}">{escape(heading)}</a>' for anchor, heading, _ in sections)
-    body = "".join(
-        f'<section id="{a}"><h2>{escape(heading)}</h2>{inside}</section>' for a, heading, inside in sections
-    )
+    body = "".join(f'<section id="{a}"><h2>{escape(heading)}</h2>{inside}</section>' for a, heading, inside in sections)
     text = f'<header class="top">{header}<nav aria-label="Sections">{links}</nav></header><main>{body}</main>'
     text = f"{text}<footer>{footer}</footer>".replace(" %", "\u00a0%")
     scripts = ""

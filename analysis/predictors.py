@@ -23,9 +23,7 @@ def points(cells: pl.DataFrame, data_measures: pl.DataFrame, measure: str = MAIN
     group = ["base_model", "dataset", "dataset_kind"]
     return (
         known.group_by(group)
-        .agg(
-            x=pl.col("x").first(), estimate=pl.col("estimate").mean().round(DIGITS), n=pl.len().cast(pl.Int64)
-        )
+        .agg(x=pl.col("x").first(), estimate=pl.col("estimate").mean().round(DIGITS), n=pl.len().cast(pl.Int64))
         .with_columns(measure=pl.lit(measure))
         .sort(group, nulls_last=True)
     )
@@ -107,9 +105,7 @@ def _permutation(joined: pl.DataFrame) -> tuple[float | None, float | None]:
     for (model, _), part in kept.group_by("base_model", "benchmark", maintain_order=True):
         y = part["estimate"].to_numpy()
         if len(y) >= stats.MIN_RANKED and np.ptp(y) > 0:
-            groups.setdefault(model, []).append(
-                (np.array([place[d] for d in part["dataset"]]), _unit_ranks(y))
-            )
+            groups.setdefault(model, []).append((np.array([place[d] for d in part["dataset"]]), _unit_ranks(y)))
     if not groups:
         return None, None
 
@@ -120,10 +116,7 @@ def _permutation(joined: pl.DataFrame) -> tuple[float | None, float | None]:
             whole = _unit_ranks(x)
             of_models.append(
                 np.mean(
-                    [
-                        (whole[:, at] if len(at) == len(datasets) else _unit_ranks(x[:, at])) @ y
-                        for at, y in parts
-                    ],
+                    [(whole[:, at] if len(at) == len(datasets) else _unit_ranks(x[:, at])) @ y for at, y in parts],
                     axis=0,
                 )
             )

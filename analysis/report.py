@@ -118,9 +118,7 @@ def _ran(found: Findings) -> str:
         out += f"<p>Attempts that failed or were lost in trials that have not failed: {listed}.</p>"
     gone = found.trials.filter(~pl.col("in_plan")).height
     if gone:
-        out += (
-            f"<p>{plural(gone, 'trial')} in the store no longer asked for by the YAML: not on this page.</p>"
-        )
+        out += f"<p>{plural(gone, 'trial')} in the store no longer asked for by the YAML: not on this page.</p>"
     return out
 
 
@@ -226,9 +224,7 @@ def _gain_figures(found: Findings, shown: pl.DataFrame, page: Page) -> str:
             ),
         )
     else:
-        out += missing(
-            "Only one base model: no mean over base models, and nothing says whether another would agree."
-        )
+        out += missing("Only one base model: no mean over base models, and nothing says whether another would agree.")
     each = shown.with_columns(
         panel=pl.col("base_model"),
         note=pl.format("error over items: {}", pl.col("stderr_kind").replace("", "unknown")),
@@ -251,18 +247,11 @@ def _reference_text(found: Findings) -> str:
         f"{escape(sentences.method_name(m))}, {plural(e, 'epoch')}"
         if e is not None
         else escape(sentences.method_name(m))
-        for m, e in settings.select("method", "epochs")
-        .unique()
-        .sort("method", "epochs", nulls_last=True)
-        .iter_rows()
+        for m, e in settings.select("method", "epochs").unique().sort("method", "epochs", nulls_last=True).iter_rows()
     ]
     seeds = found.cells["n"].max() or 0
     extra = f"; the mean over seeds where there are several (up to {seeds})" if seeds > 1 else ""
-    one = (
-        " in one setting per base model and dataset, the one that covers most datasets"
-        if len(settings) > 1
-        else ""
-    )
+    one = " in one setting per base model and dataset, the one that covers most datasets" if len(settings) > 1 else ""
     return (
         f"Gain is the score minus the baseline's score, the untrained model under the same evaluation. Shown "
         "is "
@@ -277,9 +266,7 @@ def _with_baseline_rows(cells: pl.DataFrame) -> pl.DataFrame:
         .unique(["base_model", "benchmark"], keep="first", maintain_order=True)
         .with_columns(score="baseline", dataset=pl.lit("untrained"), n=pl.lit(1, pl.Int64))
     )
-    order = pl.DataFrame({"benchmark": cells["benchmark"].unique(maintain_order=True)}).with_row_index(
-        "_place"
-    )
+    order = pl.DataFrame({"benchmark": cells["benchmark"].unique(maintain_order=True)}).with_row_index("_place")
     base = base.join(order, on="benchmark").sort("base_model", "_place").drop("_place")
     stacked = [
         part.select(columns)
@@ -304,9 +291,7 @@ def _perplexity(found: Findings, page: Page) -> str:
         )
     if len(found.points):
         values = dict(
-            found.correlations.filter(
-                (pl.col("measure") == predictors.MAIN_MEASURE) & pl.col("benchmark").is_null()
-            )
+            found.correlations.filter((pl.col("measure") == predictors.MAIN_MEASURE) & pl.col("benchmark").is_null())
             .drop_nulls("base_model")
             .select("base_model", "estimate")
             .iter_rows()
@@ -331,8 +316,7 @@ def _perplexity(found: Findings, page: Page) -> str:
             "predictors",
             figures.predictor_strip(each),
             each,
-            "<b>Every measure of the data</b> against the gain; a point is a base model, the grey bar their "
-            "mean.",
+            "<b>Every measure of the data</b> against the gain; a point is a base model, the grey bar their mean.",
             columns=2,
         )
         over = found.correlations.filter(pl.col("base_model").is_null())
@@ -430,9 +414,7 @@ def _methods(found: Findings, page: Page) -> str:
         only = escape(sentences.method_name(methods.pop())) if methods else "one method"
         return missing(f"Only {only} was trained and scored, so there is nothing to compare.")
     if not len(found.pairs):
-        return missing(
-            "No LoRA trial shares base model, dataset, seed and other settings with a trial of full tuning."
-        )
+        return missing("No LoRA trial shares base model, dataset, seed and other settings with a trial of full tuning.")
     out = f"<p>{sentences.methods(found)} A pair shares base model, dataset, seed, epoch and other settings."
     if found.tied:
         names = ", ".join(escape(name.replace("_", " ")) for name in found.tied)
@@ -476,9 +458,7 @@ def _epochs(found: Findings, page: Page) -> str:
             "<b>Mean gain over benchmarks after each epoch</b>, a line per dataset.",
         )
     else:
-        out += missing(
-            "No trial has gains after more than one epoch, so there is no course over epochs to show."
-        )
+        out += missing("No trial has gains after more than one epoch, so there is no course over epochs to show.")
     if len(found.held_out):
         shown = _method_panels(found.held_out)
         out += page.figure(
@@ -541,11 +521,7 @@ def _settings(found: Findings) -> str:
                 }
             )
     out = "<h3>Training settings</h3>"
-    out += (
-        table(pl.DataFrame(rows), {"setting": "setting", "values": "values"})
-        if rows
-        else missing("No trials.")
-    )
+    out += table(pl.DataFrame(rows), {"setting": "setting", "values": "values"}) if rows else missing("No trials.")
     models = found.trials.unique("base_model", maintain_order=True).sort("base_model")
     out += "<h3>Base models</h3>" + table(
         models,
@@ -646,8 +622,7 @@ def _numbers(found: Findings) -> str:
         "failed": failed,
     }
     cells = "".join(
-        f"<div{' class=bad' if label == 'failed' and failed else ''}><dt>{label}</dt>"
-        f"<dd>{escape(value)}</dd></div>"
+        f"<div{' class=bad' if label == 'failed' and failed else ''}><dt>{label}</dt><dd>{escape(value)}</dd></div>"
         for label, value in values.items()
     )
     return f'<dl class="numbers">{cells}</dl>'

@@ -30,8 +30,7 @@ def summary(found: Findings) -> str:
         parts.append("There is one base model, so nothing says whether another would agree.")
     elif number < stats.MIN_CLUSTERS:
         parts.append(
-            f"{number} base models are too few for intervals over them: ranges run from the lowest to the "
-            "highest."
+            f"{number} base models are too few for intervals over them: ranges run from the lowest to the highest."
         )
     return " ".join(part for part in parts if part)
 
@@ -102,9 +101,7 @@ def perplexity(found: Findings, brief: bool = False) -> str:
     else:
         verdict = "Perplexity <strong>did not predict</strong> the gain beyond chance"
     each = found.correlations.filter(
-        (pl.col("measure") == row["measure"])
-        & pl.col("base_model").is_not_null()
-        & pl.col("benchmark").is_null()
+        (pl.col("measure") == row["measure"]) & pl.col("base_model").is_not_null() & pl.col("benchmark").is_null()
     ).drop_nulls("estimate")
     text = f"mean rank correlation {signed(row['estimate'])} {_over(row, each['estimate'], signed)}"
     number = found.points["dataset"].n_unique()
@@ -115,9 +112,7 @@ def perplexity(found: Findings, brief: bool = False) -> str:
         if row["p_smallest"] > 0.05:
             text += f", and could not give less than {p_value(row['p_smallest'])}"
     if not brief:
-        values = ", ".join(
-            f"{escape(m)} {signed(v)}" for m, v in each.select("base_model", "estimate").iter_rows()
-        )
+        values = ", ".join(f"{escape(m)} {signed(v)}" for m, v in each.select("base_model", "estimate").iter_rows())
         text += f". By base model: {values}"
     return f"{verdict}: {text}."
 
@@ -125,9 +120,7 @@ def perplexity(found: Findings, brief: bool = False) -> str:
 def main_correlation(found: Findings) -> dict[str, Any] | None:
     """The row of the main measure over base models and benchmarks; None if it was not measured."""
     over = found.correlations.filter(
-        (pl.col("measure") == predictors.MAIN_MEASURE)
-        & pl.col("base_model").is_null()
-        & pl.col("benchmark").is_null()
+        (pl.col("measure") == predictors.MAIN_MEASURE) & pl.col("base_model").is_null() & pl.col("benchmark").is_null()
     )
     return over.row(0, named=True) if len(over) else None
 
@@ -173,8 +166,7 @@ def moved_layers(found: Findings, brief: bool = False) -> str:
         sure = (
             f"{plural(peak['n'], 'base model')}, no interval"
             if peak["low"] is None
-            else f"95 % interval {signed(peak['low'])} to {signed(peak['high'])}, "
-            "not corrected for choosing the peak"
+            else f"95 % interval {signed(peak['low'])} to {signed(peak['high'])}, not corrected for choosing the peak"
         )
         text += (
             f" The change goes with the gain most at depth {peak['depth_from']:.1f} to "

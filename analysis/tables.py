@@ -59,9 +59,7 @@ def load(folder: Path | str) -> Tables:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise SchemaError(
-            f"no folder {folder}; give the folder of a sweep, as printed by: python -m sweep run"
-        )
+        raise SchemaError(f"no folder {folder}; give the folder of a sweep, as printed by: python -m sweep run")
     inner = folder / "tables" if (folder / "tables").is_dir() else folder
     sweep = inner.parent if inner.name == "tables" else folder
     if not (inner / "trials.parquet").exists():
@@ -144,9 +142,7 @@ def gains(tables: Tables) -> pl.DataFrame:
     frame = (
         joined.join(paired, on=["trial_id", "epoch", "eval_id"], how="left")
         .with_columns(
-            stderr=pl.when(pl.col("gain").is_not_null())
-            .then(pl.coalesce("paired_stderr", unpaired))
-            .round(DIGITS),
+            stderr=pl.when(pl.col("gain").is_not_null()).then(pl.coalesce("paired_stderr", unpaired)).round(DIGITS),
             stderr_kind=pl.when(pl.col("gain").is_null())
             .then(None)
             .when(pl.col("paired_stderr").is_not_null())
@@ -155,9 +151,7 @@ def gains(tables: Tables) -> pl.DataFrame:
             .then(pl.lit("unpaired")),
             is_share=in_unit.over("eval_id"),
         )
-        .drop(
-            "is_baseline", "baseline_epoch", "baseline_stderr", "score_stderr", "paired_stderr", "is_primary"
-        )
+        .drop("is_baseline", "baseline_epoch", "baseline_stderr", "score_stderr", "paired_stderr", "is_primary")
         .sort("base_model", "dataset", "method", "trial_id", "epoch", "benchmark", "eval_id")
         .collect()
     )

@@ -159,7 +159,9 @@ def _print_plan(found: dict[str, Any]) -> None:
     tokens = found["train_tokens"]
     console.print(f"tokens to train  {'not known' if tokens is None else f'{tokens / 1e6:,.2f} M'}")
     console.print(f"device hours     {_number(found['hours'], 'h')} ({found['basis']})")
-    console.print(f"disk             {_number(found['disk_gib'], 'GiB')}, peak {_number(found['peak_disk_gib'], 'GiB')}")
+    console.print(
+        f"disk             {_number(found['disk_gib'], 'GiB')}, peak {_number(found['peak_disk_gib'], 'GiB')}"
+    )
 
 
 def _print_run(answer: dict[str, Any]) -> None:

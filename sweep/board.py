@@ -24,7 +24,9 @@ class Running:
     item: WorkItem
     attempt: int
     since: float
-    """`time.time()` when it was handed out."""
+    """`time.time()` when it was handed out, then when a worker took it."""
+    started: bool = False
+    """A worker has taken it."""
     progress: dict[str, Any] = field(default_factory=dict)
     """Last epoch and loss it told."""
 
@@ -93,6 +95,11 @@ class Board:
         return counts
 
     # ------------------------------------------------------------------ what comes back
+
+    def started(self, key: str) -> None:
+        """A worker has taken an item that was handed out."""
+        if key in self.running:
+            self.running[key].started, self.running[key].since = True, time.time()
 
     def progress(self, key: str, message: dict[str, Any]) -> None:
         """A worker's message about an item: a finished unit to commit, or its epoch and loss.

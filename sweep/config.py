@@ -79,7 +79,7 @@ def load(path: Path | str) -> SweepSpec:
 def parse(text: str, path: Path) -> SweepSpec:
     """As `load`, from the YAML's text; `path` is named in errors and anchors relative paths."""
     try:
-        data = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        data = yaml.load(text, _Loader)
         if not isinstance(data, dict):
             raise ConfigError("is not a mapping; start with 'name:', 'base_models:' and 'datasets:'")
         _check_axis_keys(data)
@@ -239,7 +239,9 @@ def _check_names(sweep: SweepSpec) -> None:
         for key, known in (("base_model", sweep.base_models), ("dataset", sweep.datasets)):
             value = getattr(pair, key)
             if value not in known:
-                raise ConfigError(f"measure_only[{index}].{key} is '{value}': not in this YAML{suggestion(value, known)}")
+                raise ConfigError(
+                    f"measure_only[{index}].{key} is '{value}': not in this YAML{suggestion(value, known)}"
+                )
     grids = [("", GridSpec(axes=sweep.axes, zip=sweep.zip, exclude=sweep.exclude))]
     grids += [(f"also[{i}].", grid) for i, grid in enumerate(sweep.also)]
     for where, grid in grids:

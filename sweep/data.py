@@ -116,9 +116,7 @@ def _files(name: str, dataset: DatasetSpec) -> list[str]:
     for pattern in patterns:
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         if not found:
-            raise DataError(
-                f"dataset {name!r}: no file matches {pattern!r} (from {Path.cwd()}); correct its `path`"
-            )
+            raise DataError(f"dataset {name!r}: no file matches {pattern!r} (from {Path.cwd()}); correct its `path`")
         files += found
     return list(dict.fromkeys(files))
 

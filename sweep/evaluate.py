@@ -384,9 +384,7 @@ def _load(evaluation: EvalSpec, cache_dir: Path | None) -> Row:
 
 
 @functools.lru_cache(maxsize=256)
-def _build(
-    name: str, source: str, local: bool, digest: str, num_fewshot: int, max_new_tokens: int | None
-) -> Row:
+def _build(name: str, source: str, local: bool, digest: str, num_fewshot: int, max_new_tokens: int | None) -> Row:
     """As `_load`; the digest is there so that a changed file is read again."""
     include_path = None
     if local and "group" in (config := _read_task(Path(source))):  # its members are found by name

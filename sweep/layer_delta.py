@@ -59,9 +59,7 @@ def layer_deltas(
         names = [name for name in base.names if not _NOT_WEIGHTS.search(name)]
         tied = config.get_text_config().tie_word_embeddings
         if tied and len(names) > 1:
-            names = [
-                name for name in names if name != "lm_head.weight"
-            ]  # some files hold the same matrix twice
+            names = [name for name in names if name != "lm_head.weight"]  # some files hold the same matrix twice
         change = _full_change(trained) if adapter is None else _lora_change(trained, adapter, names)
         for name in names:
             before = base.tensor(name).to(getattr(torch, base_dtype)).float()
@@ -128,9 +126,7 @@ def _full_change(trained: _Weights) -> Change:
             raise ValueError(f"the checkpoint has no tensor {name!r}; is it of another base model?")
         after = trained.tensor(found).float()
         if after.shape != before.shape:
-            raise ValueError(
-                f"tensor {name!r} has shape {tuple(after.shape)}, the base's {tuple(before.shape)}"
-            )
+            raise ValueError(f"tensor {name!r} has shape {tuple(after.shape)}, the base's {tuple(before.shape)}")
         delta = after.sub_(before)
         return (delta if delta.any() else None), spectral_norm, "float32_checkpoint"
 
@@ -143,13 +139,9 @@ def _lora_change(adapter: _Weights, settings: dict[str, Any], base_names: list[s
     transposed = settings.get("fan_in_fan_out", False)
     parts: dict[str, dict[str, str]] = {}
     for name in adapter.names:
-        module, part = re.fullmatch(
-            r"base_model\.model\.(.+)\.(lora_[A-Za-z_]+?)(?:\.weight)?", name
-        ).groups()
+        module, part = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[A-Za-z_]+?)(?:\.weight)?", name).groups()
         parts.setdefault(f"{module}.weight", {})[part] = name
-    stored_parts = {
-        name: parts.pop(found) for name in base_names if (found := _find(name, parts)) is not None
-    }
+    stored_parts = {name: parts.pop(found) for name in base_names if (found := _find(name, parts)) is not None}
     if parts:
         raise ValueError(f"the adapter changes {min(parts)!r}, which the base's files do not name")
 

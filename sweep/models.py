@@ -81,9 +81,7 @@ def locate(base: BaseModelSpec, digest: str | None = None) -> Path:
         return Path(snapshot_download(base.hub, revision=digest or base.revision))
     path = Path(base.path).expanduser()
     if not path.is_dir():
-        raise ValueError(
-            f"base model folder {base.path!r} does not exist; give a folder in the Hugging Face format"
-        )
+        raise ValueError(f"base model folder {base.path!r} does not exist; give a folder in the Hugging Face format")
     if not (path / "config.json").is_file():
         raise ValueError(f"base model folder {base.path!r} has no config.json; save it with save_pretrained")
     _require_tokenizer(path)
@@ -232,9 +230,7 @@ def _lora_targets(model: PreTrainedModel, wanted: tuple[str, ...] | None, blocks
         targets = [name for name in targets if layers[name] in blocks]
     if not targets:
         known = sorted({place(name, model.config).module for name in linear})
-        raise ValueError(
-            f"lora.target_modules {wanted} matches no linear layer; this model has {', '.join(known)}"
-        )
+        raise ValueError(f"lora.target_modules {wanted} matches no linear layer; this model has {', '.join(known)}")
     return targets
 
 
@@ -365,9 +361,7 @@ def cast_in_place(folder: Path, dtype: str) -> None:
 
 def _cast_file(source: Path, target: Path, dtype: str) -> None:
     weights = load_file(source)
-    weights = {
-        name: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for name, t in weights.items()
-    }
+    weights = {name: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for name, t in weights.items()}
     save_file(weights, target, metadata={"format": "pt"})
 
 

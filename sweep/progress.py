@@ -72,25 +72,24 @@ class Display:
                 self._console.print(text, highlight=False, style="red", soft_wrap=True)
 
     def _line(self) -> str:
-        board = self._board
-        parts = [f"{board.done.total()} of {self._total()} work items done", f"{len(board.running)} running"]
+        board, running = self._board, self._running()
+        parts = [f"{board.done.total()} of {self._total()} work items done", f"{len(running)} running"]
         if board.failed:
             parts.append(f"{len(board.failed)} failed")
-        first = next(iter(board.running.values()), None)
-        if first is not None and "loss" in first.progress:
+        first = next((r for r in running if "loss" in r.progress), None)
+        if first is not None:
             parts.append(f"{first.item.key}: {_progress(first)}")
         return " · ".join([*parts, f"{_time(self.seconds_left())} left" if board.running else "", ""]).rstrip(" ·")
 
     def _render(self) -> Group:
-        board = self._board
         head = Text(self._line())
         table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
         for title in ("running", "try", "for", "epoch, loss"):
             table.add_column(title, style="dim" if title != "running" else "")
-        for running in list(board.running.values())[:MAX_ROWS]:
+        for running in self._running()[:MAX_ROWS]:
             seconds = time.time() - running.since
             table.add_row(running.item.key, str(running.attempt), _time(seconds), _progress(running))
-        rest = len(board.running) - MAX_ROWS
+        rest = len(self._running()) - MAX_ROWS
         return Group(head, table, Text(f"and {rest} more" if rest > 0 else ""))
 
     def _total(self) -> int:
@@ -108,7 +107,11 @@ class Display:
         typical = statistics.fmean(times.values())
         work = sum(count * times.get(stage, typical) for stage, count in waiting.items())
         work += sum(times.get(r.item.stage, typical) / 2 for r in board.running.values())
-        return work / max(1, len(board.running))
+        return work / max(1, len(self._running()))
+
+    def _running(self) -> list[Running]:
+        """Items that a worker has; a few more are handed out and wait for one."""
+        return [running for running in self._board.running.values() if running.started]
 
 
 def _progress(running: Running) -> str:

@@ -162,9 +162,7 @@ def tokenize(
         ValueError: the tokenizer has no end-of-text token, or no chat template where it is needed.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has no eos_token, so no model could learn to stop; set one and save it"
-        )
+        raise ValueError("the tokenizer has no eos_token, so no model could learn to stop; set one and save it")
     if template is None and not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; give train.template, such as the default one")
 
@@ -214,9 +212,7 @@ _ANSWER = "the-answer-stands-here"
 """Stands for a completion, to find what a chat template writes behind it."""
 
 
-def _rendered(
-    example: Example, tokenizer: "PreTrainedTokenizerBase", template: str | None, bos: str
-) -> list[_Piece]:
+def _rendered(example: Example, tokenizer: "PreTrainedTokenizerBase", template: str | None, bos: str) -> list[_Piece]:
     if template is None:
         pieces = _rendered_by_tokenizer(example, tokenizer)
     else:
@@ -382,9 +378,7 @@ def _write(split: TokenizedSplit, path: Path) -> None:
     for name in TokenizedExample._fields:
         arrays = [getattr(example, name) for example in examples]
         offsets = np.cumsum([0, *map(len, arrays)])
-        columns[name] = pa.LargeListArray.from_arrays(
-            offsets, np.concatenate([np.empty(0, np.int32), *arrays])
-        )
+        columns[name] = pa.LargeListArray.from_arrays(offsets, np.concatenate([np.empty(0, np.int32), *arrays]))
     counts = json.dumps([split.train.counts, split.held_out.counts])
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

@@ -132,9 +132,7 @@ def train(
     except DataError as error:
         raise TrainingError("data", str(error)) from error
     if data.train.trained_tokens == 0:
-        raise TrainingError(
-            "data", f"none of the {data.train.counts.requested} examples has a completion token"
-        )
+        raise TrainingError("data", f"none of the {data.train.counts.requested} examples has a completion token")
 
     with _threads(threads), _deterministic(), _named_memory_errors(), _peak_memory() as peak_memory:
         base = models.load_base(
@@ -255,9 +253,7 @@ class StepBatches:
         """Indices of each micro-batch in turn."""
         for start in range(0, len(self.order), self.global_batch_size):
             step = self.order[start : start + self.global_batch_size]
-            step.sort(
-                key=self.lengths.__getitem__, reverse=True
-            )  # the longest first: memory runs out at once or never
+            step.sort(key=self.lengths.__getitem__, reverse=True)  # the longest first: memory runs out at once or never
             mine = step[self.rank :: self.num_ranks]
             for index in range(self._num_micro_batches(len(step))):
                 # an empty one, where a rank runs short, becomes a row without labels
@@ -290,9 +286,7 @@ def collate(
     """
     examples = examples or [TokenizedExample(np.array([pad_id]), np.array([IGNORE_INDEX]))]
     ids = [torch.tensor(example.ids, dtype=torch.long) for example in examples]
-    targets = [
-        torch.tensor(np.append(example.labels[1:], IGNORE_INDEX), dtype=torch.long) for example in examples
-    ]
+    targets = [torch.tensor(np.append(example.labels[1:], IGNORE_INDEX), dtype=torch.long) for example in examples]
     batch = {}
     if layout == "packed":
         positions = [torch.arange(len(row)) for row in ids]
@@ -347,9 +341,7 @@ def choose_layout(
     name, reason = execution.layout, "asked for"
     if name == "auto":
         lengths = [len(example.ids) for example in examples]
-        batches = StepBatches(
-            lengths, settings.global_batch_size, micro_batch_size, settings.resolved_data_seed
-        )
+        batches = StepBatches(lengths, settings.global_batch_size, micro_batch_size, settings.resolved_data_seed)
         micro_batches = [[lengths[index] for index in batch] for batch in batches]
         ratio = _packing_cost(micro_batches, execution, model)
         name = "packed" if ratio <= WORTH_PACKING else "padded"
@@ -362,9 +354,7 @@ def choose_layout(
 def _packing_cost(micro_batches: list[list[int]], execution: ExecutionSpec, model: nn.Module) -> float:
     """Multiply-adds of the packed layout over those of the padded one, for these example lengths."""
     config = model.config.get_text_config()
-    per_token = sum(
-        p.numel() for name, p in model.named_parameters() if models.place(name, config).layer is not None
-    )
+    per_token = sum(p.numel() for name, p in model.named_parameters() if models.place(name, config).layer is not None)
     per_pair = 2 * config.num_hidden_layers * config.hidden_size  # scores, and the sum of values
     padded = packed = 0
     for lengths in micro_batches:
@@ -375,9 +365,7 @@ def _packing_cost(micro_batches: list[list[int]], execution: ExecutionSpec, mode
             packed += sum(length**2 for length in lengths) * per_pair
         else:
             rows = [sum(lengths[i] for i in row) for row in _rows(lengths, execution.pack_length)]
-            packed += (
-                len(rows) * max(rows) ** 2 * per_pair + (len(rows) * max(rows) - sum(lengths)) * per_token
-            )
+            packed += len(rows) * max(rows) ** 2 * per_pair + (len(rows) * max(rows) - sum(lengths)) * per_token
     return packed / padded
 
 
@@ -399,9 +387,7 @@ def _packing_probe(model: nn.Module) -> tuple[bool, str]:
         try:
             with torch.no_grad():
                 model.eval()
-                packed = model(
-                    input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False
-                ).logits
+                packed = model(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False).logits
                 alone = [model(input_ids=part.to(device), use_cache=False).logits for part in parts]
             alone = torch.cat(alone, dim=1)
             error = ((packed - alone).abs().max() / alone.abs().max()).item()
@@ -499,9 +485,7 @@ class SweepTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Our micro-batches as they are: the library would shard them again and repeat some to fill up."""
-        collate_batch = functools.partial(
-            self.collate, layout=self.layout.name, pack_length=self.layout.pack_length
-        )
+        collate_batch = functools.partial(self.collate, layout=self.layout.name, pack_length=self.layout.pack_length)
         examples = self.train_dataset
         return _Batches(
             examples,
@@ -534,9 +518,7 @@ class SweepTrainer(Trainer):
         self.step_tokens = sum(int(batch.pop("num_targets")) for batch in batches)
         if self.step_tokens == 0:
             step = self.state.global_step + 1
-            raise TrainingError(
-                "data", f"no example of step {step} has a completion token, so there is no loss"
-            )
+            raise TrainingError("data", f"no example of step {step} has a completion token, so there is no loss")
         return batches, self.step_tokens
 
     def compute_loss(
@@ -576,9 +558,7 @@ class SweepTrainer(Trainer):
         step, loss, grad_norm = self.state.global_step, logs["loss"], logs["grad_norm"]
         for what, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
-                raise TrainingError(
-                    "nan", f"the {what} is {value} at step {step} (epoch {self.state.epoch:.2f})"
-                )
+                raise TrainingError("nan", f"the {what} is {value} at step {step} (epoch {self.state.epoch:.2f})")
         row = {
             "step": step,
             "epoch": self.state.epoch,
@@ -597,9 +577,7 @@ class SweepTrainer(Trainer):
             self.epoch_loss_nats = self.epoch_tokens = 0
             self.on_epoch(step // self.batches.num_steps, row, mean)
 
-    def _held_out_batches(
-        self, examples: Sequence[TokenizedExample], batch_size: int
-    ) -> list[dict[str, torch.Tensor]]:
+    def _held_out_batches(self, examples: Sequence[TokenizedExample], batch_size: int) -> list[dict[str, torch.Tensor]]:
         ordered = sorted(examples, key=lambda example: len(example.ids))
         groups = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
         return [self.collate(group, layout="padded", pack_length=None) for group in groups]

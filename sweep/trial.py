@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ STAGES = ("train", "layer_delta", "evaluate", "measure")
 PROGRESS_SECONDS = 2.0
 """At most one progress message per item in this time: each costs the driver some 5 ms."""
 
+Row = dict[str, Any]
 Notify = Callable[[dict[str, Any]], None]
 
 
@@ -89,9 +89,7 @@ def exported(planned: PlannedTrial, epoch: int, done: Mapping[str, Result]) -> P
 def _exports(planned: PlannedTrial) -> bool:
     """The layer-delta stage also casts: full weights, kept in another type than they were trained in."""
     assert planned.trial.train is not None
-    return (
-        planned.export_dtype != "float32" and planned.layer_delta != "off" and planned.trial.train.method == "full"
-    )
+    return planned.export_dtype != "float32" and planned.layer_delta != "off" and planned.trial.train.method == "full"
 
 
 def missing_evaluations(planned: PlannedTrial, epoch: int, done: Mapping[str, Result]) -> list[EvalSpec]:
@@ -387,7 +385,6 @@ class _Worker:
     def evaluate(self, item: WorkItem) -> str:
         """Every missing evaluation of one checkpoint, or of the base model."""
         from sweep import models
-        from sweep.evaluate import command, evaluate
 
         planned = self._planned(item)
         assert item.epoch is not None
@@ -396,42 +393,48 @@ class _Worker:
         base_path = models.locate(base, planned.trial.base_digest)
         weights = None if planned.trial.is_baseline else exported(planned, epoch, done)
         missing = missing_evaluations(planned, epoch, done)
-        device = models.device()
         for template in dict.fromkeys(e.template for e in missing):  # a baseline may have several
-            batch = [e for e in missing if e.template == template]
-            tokenizer = models.load_tokenizer(base_path, template)
-            model = models.load_checkpoint(
-                base_path, weights, batch[0].dtype, base.trust_remote_code, base_dtype=base.dtype
-            ).to(device)
+            self._score(planned, epoch, base_path, weights, [e for e in missing if e.template == template])
+        return models.device()
 
-            described = {
-                "architecture": type(model).__name__,
-                "num_layers": models.count_layers(model.config),
-                "num_parameters": model.num_parameters(),
-            }
-            template_command = partial(
-                command,
-                tokenizer=tokenizer,
-                base_path="{base_model}",  # placeholders: no path of this machine in a record; `show` fills them
-                checkpoint_path=weights and f"{{sweep}}/{weights.relative_to(self._store.root)}",
+    def _score(
+        self, planned: PlannedTrial, epoch: int, base_path: Path, weights: Path | None, evaluations: list[EvalSpec]
+    ) -> None:
+        """Evaluations that share a prompt template, on one loaded model; each is finished as it comes."""
+        from sweep import models
+        from sweep.evaluate import command, evaluate
+
+        base, first = planned.trial.base_model, evaluations[0]
+        tokenizer = models.load_tokenizer(base_path, first.template)
+        model = models.load_checkpoint(
+            base_path, weights, first.dtype, base.trust_remote_code, base_dtype=base.dtype
+        ).to(models.device())
+        described = {
+            "architecture": type(model).__name__,
+            "num_layers": models.count_layers(model.config),
+            "num_parameters": model.num_parameters(),
+        }
+        # placeholders: no path of this machine in a record; `show` fills them
+        folder = weights and f"{{sweep}}/{weights.relative_to(self._store.root)}"
+
+        def take(evaluation: EvalSpec, scores: list[Row], items: list[Row], record: Row) -> None:
+            attempt = self._attempt(score_unit(planned.trial_id, epoch, evaluation.eval_id))
+            _write_rows("items", _keyed(items, planned, epoch), attempt.folder)
+            repeat = command(
+                evaluation,
+                tokenizer,
+                base_path="{base_model}",
+                checkpoint_path=folder,
                 adapter=weights is not None and models.adapter_config(weights) is not None,
-                tokenizer_path=weights and f"{{sweep}}/{weights.relative_to(self._store.root)}",
+                tokenizer_path=folder,
                 batch_size=planned.execution.eval_batch_size,
-                device=device,
+                device=models.device(),
                 trust_remote_code=base.trust_remote_code,
             )
+            said = {"command": without_paths(repeat, evaluation), "scores": _keyed(scores, planned, epoch)}
+            self._finish(attempt, {**described, **record, **said})
 
-            def take(
-                evaluation: EvalSpec, scores: list[dict[str, Any]], items: list[dict[str, Any]], record: dict[str, Any]
-            ) -> None:
-                attempt = self._attempt(score_unit(planned.trial_id, epoch, evaluation.eval_id))
-                _write_rows("items", _keyed(items, planned, epoch), attempt.folder)
-                command_line = without_paths(template_command(evaluation), evaluation)
-                said = {"command": command_line, "scores": _keyed(scores, planned, epoch)}
-                self._finish(attempt, {**described, **record, **said})
-
-            evaluate(model, tokenizer, batch, batch_size=planned.execution.eval_batch_size, on_result=take)
-        return device
+        evaluate(model, tokenizer, evaluations, batch_size=planned.execution.eval_batch_size, on_result=take)
 
     def measure(self, item: WorkItem) -> str:
         """Perplexity, lengths and diversity of a dataset under a base model."""

@@ -123,6 +123,7 @@ def _tune(board: Board, store: Store, resources: Resources, on_change: Callable[
             name="items",
             storage_path=scratch,
             verbose=0,
+            callbacks=[_Started(queue)],
             failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),  # retries are the board's business
         ),
     )
@@ -202,6 +203,13 @@ class _Queue(Searcher):
         """Tune pickles its searcher for a restore that we never do."""
         return {}
 
+    def started(self, trial_id: str) -> None:
+        """A worker has taken the item; until then it waited for a free one."""
+        key = self._keys.get(trial_id)
+        if key is not None:
+            self._board.started(key)
+            self._on_change()
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: every launch plans again from the files."""
 
@@ -209,10 +217,25 @@ class _Queue(Searcher):
         """Nothing to restore."""
 
 
+class _Started(tune.Callback):
+    """Tells the board when an item really starts: Tune asks for a few items more than there are workers."""
+
+    def __init__(self, queue: _Queue) -> None:
+        self._queue = queue
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._queue.started(trial.trial_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
 def _work(config: dict[str, Any], root: str, resources: Resources) -> None:
     """What a worker does with one item."""
     item = WorkItem.parse(config["item"])
     threads = max(1, int(getattr(resources, item.stage).cpus))
     store = Store(Path(root))
-    entry = perform(item, config["attempt"], store, threads, lambda message: tune.report({MESSAGE: json.dumps(message)}))
+    entry = perform(
+        item, config["attempt"], store, threads, lambda message: tune.report({MESSAGE: json.dumps(message)})
+    )
     tune.report({ENTRY: json.dumps(entry)})  # as text: Tune flattens nested results

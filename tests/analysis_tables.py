@@ -50,9 +50,7 @@ def baseline_correct(model: str, benchmark: str) -> int:
     return 8 + 2 * list(BASE_MODELS).index(model) + list(BENCHMARKS).index(benchmark)
 
 
-def gained(
-    model: str, dataset: str, benchmark: str, method: str = "full", epoch: int = EPOCHS, seed: int = 0
-) -> int:
+def gained(model: str, dataset: str, benchmark: str, method: str = "full", epoch: int = EPOCHS, seed: int = 0) -> int:
     """Items gained over the baseline; falls with the dataset's place in DATASETS, hence with perplexity."""
     items = OWN_KIND * (DATASETS[dataset] == BENCHMARKS[benchmark]) + 4 - list(DATASETS).index(dataset)
     items += list(BASE_MODELS).index(model) - (LORA_COST if method == "lora" else 0)
@@ -70,9 +68,7 @@ def relative_norm(model: str, dataset: str, method: str, layer: int) -> float:
     depth, place = (layer + 0.5) / layers, list(DATASETS).index(dataset)
     signal = math.exp(-8 * (depth - 0.55) ** 2)
     other = (place * 5 + layer * 3) % 7  # an order that has nothing to do with the gain
-    return (
-        (0.3 if method == "lora" else 1.0) * 0.01 * (1 + depth) * (1 - 0.06 * signal * place + 0.02 * other)
-    )
+    return (0.3 if method == "lora" else 1.0) * 0.01 * (1 + depth) * (1 - 0.06 * signal * place + 0.02 * other)
 
 
 def _row(table: str, **values) -> dict:
@@ -122,9 +118,7 @@ def _trial(name: str, model: str, dataset: str | None, method: str | None, seed:
                 device="cpu",
             )
     if status == "failed":
-        trained |= dict(
-            failure_kind="nan", failure_message="loss is nan at step 12; lower the learning rate <5e-3>"
-        )
+        trained |= dict(failure_kind="nan", failure_message="loss is nan at step 12; lower the learning rate <5e-3>")
     return _row(
         "trials",
         trial_id=name,
@@ -185,9 +179,7 @@ def _train(out: dict, model: str, dataset: str, method: str, seed: int) -> None:
             out,
             name,
             epoch,
-            lambda b, epoch=epoch: (
-                baseline_correct(model, b) + gained(model, dataset, b, method, epoch, seed)
-            ),
+            lambda b, epoch=epoch: baseline_correct(model, b) + gained(model, dataset, b, method, epoch, seed),
             unscored=UNSCORED[3] if (model, dataset, method) == UNSCORED[:3] and epoch == EPOCHS else None,
         )
         for part in (0.5, 1.0):
@@ -253,9 +245,7 @@ def _measure(out: dict, model: str, dataset: str) -> None:
         )
 
 
-def _evaluate(
-    out: dict, trial: str, epoch: int, correct: Callable[[str], int], unscored: str | None = None
-) -> None:
+def _evaluate(out: dict, trial: str, epoch: int, correct: Callable[[str], int], unscored: str | None = None) -> None:
     for place, (benchmark, kind) in enumerate(BENCHMARKS.items()):
         generative = benchmark.endswith("exact")
         right = min(max(correct(benchmark), 0), NUM_ITEMS)
@@ -277,12 +267,8 @@ def _evaluate(
             )
         )
         if generative:
-            out["scores"].append(
-                _row("scores", **about, **shared, metric="extracted", is_primary=False, value=0.9)
-            )
-        order = np.random.default_rng(place).permutation(
-            NUM_ITEMS
-        )  # the hard items are hard for all checkpoints
+            out["scores"].append(_row("scores", **about, **shared, metric="extracted", is_primary=False, value=0.9))
+        order = np.random.default_rng(place).permutation(NUM_ITEMS)  # the hard items are hard for all checkpoints
         for item in range(NUM_ITEMS) if value is not None and epoch in (0, EPOCHS) else ():
             out["items"].append(
                 _row(

@@ -32,34 +32,24 @@ def found(sweep) -> findings.Findings:
 
 
 def test_every_gain_is_the_planted_one(gains):
-    assert (
-        len(gains) == (3 * 6 * 2 + 2 - 1) * 3 * 6
-    )  # cells x methods, two more seeds, one failed; epochs; benchmarks
+    assert len(gains) == (3 * 6 * 2 + 2 - 1) * 3 * 6  # cells x methods, two more seeds, one failed; epochs; benchmarks
     for row in gains.drop_nulls("gain").iter_rows(named=True):
         expected = planted.gained(
             row["base_model"], row["dataset"], row["benchmark"], row["method"], row["epoch"], row["seed"]
         )
         assert row["gain"] == pytest.approx(expected / planted.NUM_ITEMS)
-        assert row["baseline"] == pytest.approx(
-            planted.baseline_correct(row["base_model"], row["benchmark"]) / 50
-        )
+        assert row["baseline"] == pytest.approx(planted.baseline_correct(row["base_model"], row["benchmark"]) / 50)
 
 
 def test_missing_score_stays_null_and_never_becomes_zero(gains, found):
     model, dataset, method, benchmark = planted.UNSCORED
-    here = (
-        (pl.col("base_model") == model) & (pl.col("dataset") == dataset) & (pl.col("benchmark") == benchmark)
-    )
-    row = gains.filter(here & (pl.col("method") == method) & (pl.col("epoch") == planted.EPOCHS)).row(
-        0, named=True
-    )
+    here = (pl.col("base_model") == model) & (pl.col("dataset") == dataset) & (pl.col("benchmark") == benchmark)
+    row = gains.filter(here & (pl.col("method") == method) & (pl.col("epoch") == planted.EPOCHS)).row(0, named=True)
     assert (row["score"], row["gain"], row["stderr"], row["stderr_kind"]) == (None, None, None, None)
     assert row["baseline"] is not None
     cell = found.cells.filter(here).row(0, named=True)
     assert (cell["score"], cell["estimate"], cell["low"], cell["n"]) == (None, None, None, 0)
-    mean = found.models.filter((pl.col("dataset") == dataset) & (pl.col("benchmark") == benchmark)).row(
-        0, named=True
-    )
+    mean = found.models.filter((pl.col("dataset") == dataset) & (pl.col("benchmark") == benchmark)).row(0, named=True)
     assert mean["n"] == 2
     assert mean["estimate"] == pytest.approx((0.08 + 0.10) / 2)
 
@@ -101,11 +91,7 @@ def test_gain_joins_only_the_same_evaluation_and_base_content(tmp_path):
 
 def test_two_evaluations_of_a_benchmark_are_told_apart(tmp_path):
     def change(rows):
-        more = [
-            s | {"eval_id": "four-shots", "num_fewshot": 4}
-            for s in rows["scores"]
-            if s["benchmark"] == "recall"
-        ]
+        more = [s | {"eval_id": "four-shots", "num_fewshot": 4} for s in rows["scores"] if s["benchmark"] == "recall"]
         rows["scores"] += more
 
     frame = tables.gains(tables.load(planted.write(tmp_path, change)))
@@ -165,9 +151,7 @@ def test_gain_by_epoch_and_held_out_loss(found):
     assert line["epoch"].to_list() == [1, 2, 3]
     assert line["estimate"].to_list() == pytest.approx([(mean - 4) / 50, (mean - 2) / 50, mean / 50])
     assert found.held_out["epoch"].unique().sort().to_list() == [1, 2, 3]
-    assert found.held_out.filter(pl.col("epoch") == 1)["held_out_loss_nats"].min() == pytest.approx(
-        1.39788, abs=1e-4
-    )
+    assert found.held_out.filter(pl.col("epoch") == 1)["held_out_loss_nats"].min() == pytest.approx(1.39788, abs=1e-4)
 
 
 def test_spread_of_seeds_is_the_noise(found):
@@ -188,9 +172,7 @@ def test_perplexity_ranks_against_gain_within_base_models(found):
     assert (over["n"], over["low"]) == (3, None)
     assert over["note"].startswith("too few")
     assert over["p_smallest"] == pytest.approx(2 / 720)
-    constant = found.correlations.filter(
-        (pl.col("measure") == "num_examples") & pl.col("base_model").is_not_null()
-    )
+    constant = found.correlations.filter((pl.col("measure") == "num_examples") & pl.col("base_model").is_not_null())
     assert constant["estimate"].null_count() == len(constant)
     assert set(constant["note"]) == {"one side does not vary"}
 
@@ -216,8 +198,7 @@ def test_relative_change_of_a_block_and_its_correlation_by_depth(found):
         (pl.col("base_model") == "neox-general") & (pl.col("method") == "full")
     )
     expected = [
-        sum(planted.relative_norm("neox-general", d, "full", layer) for d in planted.DATASETS) / 6
-        for layer in range(6)
+        sum(planted.relative_norm("neox-general", d, "full", layer) for d in planted.DATASETS) / 6 for layer in range(6)
     ]
     assert profile["estimate"].to_list() == pytest.approx(expected)
     assert profile["estimate"].is_sorted()
@@ -233,9 +214,7 @@ def test_stacked_tensors_of_a_block_count_by_their_size(tmp_path):
             delta["base_norm"], delta["delta_norm"] = (3.0, 0.0) if small else (4.0, 1.0)
 
     blocks = findings.find(tables.load(planted.write(tmp_path, change))).layers
-    assert blocks["relative_norm"].to_list() == pytest.approx(
-        [0.2] * len(blocks)
-    )  # sqrt(0 + 1) / sqrt(9 + 16)
+    assert blocks["relative_norm"].to_list() == pytest.approx([0.2] * len(blocks))  # sqrt(0 + 1) / sqrt(9 + 16)
 
 
 def test_benchmarks_on_other_scales_are_not_averaged(tmp_path):
@@ -258,12 +237,8 @@ def test_benchmarks_on_other_scales_are_not_averaged(tmp_path):
 def test_wrong_schema_version_is_refused_in_a_sentence(tmp_path):
     path = planted.write(tmp_path) / "tables" / "scores.parquet"
     table = pq.read_table(path)
-    pq.write_table(
-        table.replace_schema_metadata(table.schema.metadata | {b"sweep_schema_version": b"99"}), path
-    )
-    with pytest.raises(
-        SchemaError, match=r"scores.parquet has sweep schema version 99, this code reads \d+; rebuild"
-    ):
+    pq.write_table(table.replace_schema_metadata(table.schema.metadata | {b"sweep_schema_version": b"99"}), path)
+    with pytest.raises(SchemaError, match=r"scores.parquet has sweep schema version 99, this code reads \d+; rebuild"):
         tables.load(tmp_path)
 
 

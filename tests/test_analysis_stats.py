@@ -81,6 +81,4 @@ def test_groups_are_ranked_by_themselves():
     # Within each group y falls with x; pooled it would rise.
     x, y = [1, 2, 3, 4, 11, 12, 13, 14], [4, 3, 2, 1, 14, 13, 12, 11]
     found = stats.spearman_within(x, y, ["a"] * 4 + ["b"] * 4)
-    assert {group: estimate.value for group, estimate in found.items()} == pytest.approx(
-        {"a": -1.0, "b": -1.0}
-    )
+    assert {group: estimate.value for group, estimate in found.items()} == pytest.approx({"a": -1.0, "b": -1.0})

@@ -382,9 +382,7 @@ def test_a_step_that_two_tries_tell_is_there_once(store):
     ],
 )
 def test_the_status_of_a_trial_follows_from_its_last_try(outcomes, running, status):
-    attempts = [
-        {"item": f"{OWNER}/train", "attempt": n, "outcome": o} for n, o in enumerate(outcomes, start=1)
-    ]
+    attempts = [{"item": f"{OWNER}/train", "attempt": n, "outcome": o} for n, o in enumerate(outcomes, start=1)]
     assert collect.trial_status(TRIAL, {}, attempts, running) == status
 
 
@@ -486,9 +484,7 @@ def test_results_of_other_columns_are_refused_in_a_sentence(store):
     pq.write_table(pq.read_table(path).drop_columns(["grad_norm"]), path)  # as an older version wrote it
     result = store.root / train_unit(ID, 28) / "result.json"
     result.write_text(result.read_text().replace(f"[{size}, ", f"[{path.stat().st_size}, "))
-    with pytest.raises(
-        SchemaError, match=r"steps.parquet of .* does not have the columns of schema version \d+"
-    ):
+    with pytest.raises(SchemaError, match=r"steps.parquet of .* does not have the columns of schema version \d+"):
         collect.build(store)
 
 

@@ -99,9 +99,7 @@ def test_numbers_are_read_as_the_numbers_they_are(yaml, setting, value):
 
 @pytest.mark.parametrize("word", ["no", "off", "012", "1e", "yes", "2024-01-01", "0x10", "1:30", ".nan"])
 def test_words_that_only_look_like_values_stay_text(word):
-    sweep = parse(
-        f"benchmarks: {{b: {{task: {word}}}}}\naxes: {{template: ['{{prompt}}{word}{{completion}}']}}"
-    )
+    sweep = parse(f"benchmarks: {{b: {{task: {word}}}}}\naxes: {{template: ['{{prompt}}{word}{{completion}}']}}")
     assert sweep.benchmarks["b"].task == word
 
 
@@ -188,13 +186,9 @@ def test_a_name_that_is_nowhere_is_refused_with_the_names_there_are(yaml, text):
 
 def test_unknown_embedded_models_and_datasets_are_refused():
     top = "name: test\nbase_models: {m: {tiny: llama-cod}}\ndatasets: {d: {tiny: code_output}}\n"
-    assert refusal("", top) == (
-        "base_models.m.tiny is 'llama-cod': no such embedded one; did you mean 'llama-code'?"
-    )
+    assert refusal("", top) == ("base_models.m.tiny is 'llama-cod': no such embedded one; did you mean 'llama-code'?")
     top = "name: test\nbase_models: {m: {tiny: llama-code}}\ndatasets: {d: {tiny: code_outputs}}\n"
-    assert "datasets.d.tiny is 'code_outputs': no such embedded one; did you mean 'code_output'?" in refusal(
-        "", top
-    )
+    assert "datasets.d.tiny is 'code_outputs': no such embedded one; did you mean 'code_output'?" in refusal("", top)
 
 
 @pytest.mark.parametrize("part", ["other", "mix"])
@@ -303,8 +297,6 @@ def test_a_file_that_cannot_be_read_is_refused_with_its_path(tmp_path, name):
         config.load(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(Path(config.__file__).parent.glob("configs/*.yaml")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted(Path(config.__file__).parent.glob("configs/*.yaml")), ids=lambda p: p.stem)
 def test_every_config_that_ships_is_whole(path):
     assert config.load(path).name

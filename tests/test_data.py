@@ -182,9 +182,7 @@ def test_damaged_parquet_is_named(tmp_path, damage):
     pq.write_table(pa.Table.from_pylist(pairs("a", 1000)), path)
     content = path.read_bytes()
     half = len(content) // 2
-    path.write_bytes(
-        {"truncated": content[:half], "overwritten": b"x" * half + content[half:], "emptied": b""}[damage]
-    )
+    path.write_bytes({"truncated": content[:half], "overwritten": b"x" * half + content[half:], "emptied": b""}[damage])
     with pytest.raises(DataError, match="a.parquet cannot be read as Parquet"):
         load("a", DatasetSpec(path=str(path)))
 
@@ -227,9 +225,7 @@ def source(tmp_path) -> DatasetSpec:
 
 def test_held_out_examples_are_the_same_for_every_seed_and_size_and_never_trained_on(source):
     splits = [
-        training_split(trial({"a": source}, seed=seed, num_examples=num))
-        for seed in (0, 1)
-        for num in (10, 350, None)
+        training_split(trial({"a": source}, seed=seed, num_examples=num)) for seed in (0, 1) for num in (10, 350, None)
     ]
     assert len({tuple(split.held_out) for split in splits}) == 1
     for split in splits:
@@ -283,8 +279,7 @@ def test_more_examples_than_there_are(source):
 def mixture(tmp_path) -> dict[str, DatasetSpec]:
     sizes = {"a": 500, "b": 300, "c": 200}
     return {
-        name: DatasetSpec(path=write_jsonl(tmp_path / f"{name}.jsonl", pairs(name, num)))
-        for name, num in sizes.items()
+        name: DatasetSpec(path=write_jsonl(tmp_path / f"{name}.jsonl", pairs(name, num))) for name, num in sizes.items()
     }
 
 

@@ -89,12 +89,8 @@ def make_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(texts * 4, trainer)
     if bos:
         ids = [("<s>", tokenizer.token_to_id("<s>"))]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=ids
-        )
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
-    )
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=ids)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
     wrapped.chat_template = tokenization.chat_template(TEMPLATE, wrapped)
     return wrapped
 
@@ -117,9 +113,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, steps: int = 6
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     texts = [f"###Question: {item['question']}\n###Answer: {item['answer']}\n</s>" for item in _items()]
-    texts[::3] = [
-        text.replace("Answer: ", "Answer: 7 ") for text in texts[::3]
-    ]  # an answer that is no colour
+    texts[::3] = [text.replace("Answer: ", "Answer: 7 ") for text in texts[::3]]  # an answer that is no colour
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     for _ in range(steps):
@@ -142,9 +136,7 @@ def model(tokenizer) -> LlamaForCausalLM:
 def spec(path: Path, template: str | None = TEMPLATE, **settings) -> EvalSpec:
     benchmark = BenchmarkSpec(path=str(path), **settings)
     digest = evaluate.digest(path.stem, benchmark)
-    return EvalSpec(
-        name=path.stem, benchmark=benchmark, digest=digest, template=template, backend=evaluate.BACKEND
-    )
+    return EvalSpec(name=path.stem, benchmark=benchmark, digest=digest, template=template, backend=evaluate.BACKEND)
 
 
 def run(model, tokenizer, *evaluations: EvalSpec, batch_size: int = 8) -> list[tuple]:
@@ -173,9 +165,7 @@ def test_rows_are_those_of_the_schema(model, tokenizer, tmp_path):
 
 
 def test_score_is_the_mean_of_its_items(model, tokenizer, tmp_path):
-    for _, scores, items, _ in run(
-        model, tokenizer, spec(write_generate(tmp_path)), spec(write_choice(tmp_path))
-    ):
+    for _, scores, items, _ in run(model, tokenizer, spec(write_generate(tmp_path)), spec(write_choice(tmp_path))):
         values = torch.tensor([item["value"] for item in items], dtype=torch.float64)
         primary = next(score for score in scores if score["is_primary"])
         assert 0 < primary["value"] < 1
@@ -244,9 +234,7 @@ def test_model_sees_the_tokens_of_training(bos, tmp_path):
     assert bool(trained[0].ids[0] == tokenizer.bos_token_id) is bos
 
     run(watched, tokenizer, spec(write_choice(tmp_path, items=[item])), batch_size=1)
-    fed = {
-        tuple(row.ids[:-2].tolist()) for row in trained
-    }  # without end-of-text, and the last token is only scored
+    fed = {tuple(row.ids[:-2].tolist()) for row in trained}  # without end-of-text, and the last token is only scored
     assert {tuple(ids) for ids in seen} == fed
     seen.clear()
     run(watched, tokenizer, spec(write_generate(tmp_path, items=[item])), batch_size=1)
@@ -449,9 +437,7 @@ for sys.argv in json.loads(sys.argv[1]):
 
 def _command_answers(lines: list[str], outputs: list[Path], whole: bool) -> list[list[dict]]:
     """Run printed commands as a user would, without network, and read their items."""
-    commands = [
-        [*shlex.split(line), "--output_path", str(out)] for line, out in zip(lines, outputs, strict=True)
-    ]
+    commands = [[*shlex.split(line), "--output_path", str(out)] for line, out in zip(lines, outputs, strict=True)]
     scripts = Path(sys.executable).parent
     processes = [[str(scripts / program), *words] for program, *words in commands]
     if not whole:
@@ -478,9 +464,7 @@ def test_printed_command_gives_the_same_answers(whole, model, tokenizer, tmp_pat
     tuned = make_model(tokenizer, seed=1, steps=40)
     tuned.save_pretrained(full)
     tokenizer.save_pretrained(full)
-    lora = get_peft_model(
-        LlamaForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules="all-linear")
-    )
+    lora = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules="all-linear"))
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -488,9 +472,7 @@ def test_printed_command_gives_the_same_answers(whole, model, tokenizer, tmp_pat
 
     written = spec(write_generate(tmp_path), num_fewshot=1, max_new_tokens=5, limit=20)
     chosen = spec(write_choice(tmp_path))
-    merged = (
-        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).merge_and_unload().eval()
-    )
+    merged = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).merge_and_unload().eval()
     [(_, _, written_items, _)] = run(tuned, tokenizer, written)
     [(_, scores, chosen_items, _)] = run(merged, tokenizer, chosen)
     assert [item["response"] for item in chosen_items] != [

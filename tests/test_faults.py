@@ -35,9 +35,7 @@ def write_sweep(world: World) -> Path:
     """One trial: an epoch trains for about a second, and its checkpoint takes a while to be written."""
     folder = world.folder / "models" / "large"
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=tiny_models.VOCAB_SIZE, eos_token_id=0, pad_token_id=0, bos_token_id=0, **shape
-    )
+    config = LlamaConfig(vocab_size=tiny_models.VOCAB_SIZE, eos_token_id=0, pad_token_id=0, bos_token_id=0, **shape)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
@@ -99,9 +97,7 @@ def committed(out: Path) -> dict[str, bytes]:
     found = {}
     for result in sorted(out.glob("trials/**/result.json")):
         attempt = result.parent / "attempts" / str(json.loads(result.read_text())["attempt"])
-        found |= {
-            f"{attempt.relative_to(out)}/{name}": data for name, data in tiny_sweeps.files(attempt).items()
-        }
+        found |= {f"{attempt.relative_to(out)}/{name}": data for name, data in tiny_sweeps.files(attempt).items()}
         found[str(result.relative_to(out))] = result.read_bytes()
     return found
 

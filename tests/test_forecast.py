@@ -37,9 +37,7 @@ def plan_of(folder: Path, lines: int = 100, **changes: Any) -> Plan:
         "train": {"epochs": 3},
     }
     sweep = config.parse(json.dumps(settings | changes), folder / "sweep.yaml")
-    return expand(
-        sweep, Pins(base_models={"m": "m"}, datasets={"d": "d"}, benchmarks={}, backend="lm_eval 0")
-    )
+    return expand(sweep, Pins(base_models={"m": "m"}, datasets={"d": "d"}, benchmarks={}, backend="lm_eval 0"))
 
 
 def cost(plan: Plan, done: dict[str, dict[str, Result]] | None = None, slots: int = 1) -> Forecast:
@@ -106,7 +104,5 @@ def test_an_empty_dataset_costs_nothing_and_breaks_nothing(tmp_path):
 
 
 def test_embedded_models_and_data_are_known_before_they_are_built(tmp_path):
-    plan = plan_of(
-        tmp_path, base_models={"m": {"tiny": "llama-code"}}, datasets={"d": {"tiny": "code_output"}}
-    )
+    plan = plan_of(tmp_path, base_models={"m": {"tiny": "llama-code"}}, datasets={"d": {"tiny": "code_output"}})
     assert cost(plan).train_tokens > 0

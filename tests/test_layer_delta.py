@@ -136,9 +136,7 @@ def test_a_lora_delta_is_the_merged_difference(bases, tmp_path, name, kind):
             continue
         touched += 1
         assert row["delta_norm"] == pytest.approx(difference.norm().item(), rel=1e-4)
-        assert row["relative_norm"] == pytest.approx(
-            (difference.norm() / before[parameter].norm()).item(), rel=1e-4
-        )
+        assert row["relative_norm"] == pytest.approx((difference.norm() / before[parameter].norm()).item(), rel=1e-4)
         assert row["max_abs"] == pytest.approx(difference.abs().max().item(), rel=1e-3)
         if row["kind"] == "matrix":
             largest = torch.linalg.matrix_norm(difference, 2).item()
@@ -148,9 +146,7 @@ def test_a_lora_delta_is_the_merged_difference(bases, tmp_path, name, kind):
 
 
 def test_full_and_lora_have_rows_for_the_same_tensors(bases, tmp_path):
-    full = by_name(
-        layer_deltas(bases["qwen3"], checkpoint_with(bases["qwen3"], tmp_path / "full", {}), spectral=False)
-    )
+    full = by_name(layer_deltas(bases["qwen3"], checkpoint_with(bases["qwen3"], tmp_path / "full", {}), spectral=False))
     lora = by_name(layer_deltas(bases["qwen3"], adapter(bases["qwen3"], tmp_path / "lora"), spectral=False))
     assert list(full) == list(lora)
     assert lora["model.layers.0.self_attn.q_proj.weight"]["relative_norm"] == 0.0
@@ -175,9 +171,7 @@ def test_sharded_and_bfloat16_bases_are_read(bases, tmp_path):
 def test_files_without_the_model_s_prefix_are_matched(bases, tmp_path):
     """As in the files of the original GPT-2."""
     base = tiny_models.save_base(tmp_path / "base", "gpt2")
-    tuned = checkpoint_with(
-        base, tmp_path / "tuned", {"transformer.h.1.mlp.c_fc.weight": torch.full((32, 128), 0.01)}
-    )
+    tuned = checkpoint_with(base, tmp_path / "tuned", {"transformer.h.1.mlp.c_fc.weight": torch.full((32, 128), 0.01)})
     lora = adapter(base, tmp_path / "lora")
     weights = load_file(base / "model.safetensors")
     short = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}

@@ -66,9 +66,7 @@ def test_completion_bytes_are_those_of_the_completions(world):
     model, tokenizer = world
     rows = tokenization.tokenize(EXAMPLES, tokenizer, TEMPLATE, 200, "truncate").examples
     learned = [row.labels[1:] != tokenization.IGNORE_INDEX for row in rows]
-    found = [
-        measure._num_bytes(tokenizer, row.ids, scored) for row, scored in zip(rows, learned, strict=True)
-    ]
+    found = [measure._num_bytes(tokenizer, row.ids, scored) for row, scored in zip(rows, learned, strict=True)]
     assert found == [sum(len(f" {turn.completion}".encode()) for turn in e.turns) for e in EXAMPLES]
 
 
@@ -87,9 +85,7 @@ def test_lengths_are_counted_in_tokens(world):
     assert found["completion_tokens_mean"] == pytest.approx(np.mean(lengths))
     assert found["completion_tokens_p50"] == pytest.approx(np.median(lengths))
     assert found["completion_tokens_p90"] == pytest.approx(np.percentile(lengths, 90))
-    assert found["prompt_tokens_mean"] == pytest.approx(
-        np.mean([len(r.ids) for r in rows]) - np.mean(lengths)
-    )
+    assert found["prompt_tokens_mean"] == pytest.approx(np.mean([len(r.ids) for r in rows]) - np.mean(lengths))
     assert found["num_examples"] == len(EXAMPLES)
 
 

@@ -144,9 +144,7 @@ def test_a_bfloat16_base_is_trained_in_float32(bases):
     base = models.load_base(bases["llama"], "bfloat16")
     assert base.dtype == torch.bfloat16
     assert models.prepare(base, TrainSpec(method="full")).dtype == torch.float32
-    lora = models.prepare(
-        models.load_base(bases["llama"], "bfloat16"), TrainSpec(method="lora", precision="bf16")
-    )
+    lora = models.prepare(models.load_base(bases["llama"], "bfloat16"), TrainSpec(method="lora", precision="bf16"))
     kinds = {(p.requires_grad, p.dtype) for p in lora.parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
 
@@ -160,9 +158,7 @@ def test_a_full_checkpoint_loads_with_plain_transformers(bases, name, tmp_path):
     assert loaded.dtype == torch.float32
     assert torch.equal(logits(loaded), logits(model))
     assert torch.equal(logits(models.load_checkpoint(bases[name], tmp_path)), logits(model))
-    assert json.loads((tmp_path / "config.json").read_text()).get("use_cache", True), (
-        "what is saved generates fast"
-    )
+    assert json.loads((tmp_path / "config.json").read_text()).get("use_cache", True), "what is saved generates fast"
     rendered = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         [{"role": "user", "content": "?"}], tokenize=False
     )
@@ -200,9 +196,7 @@ def test_a_cast_checkpoint_holds_the_same_weights_rounded_once(bases, tmp_path):
     models.cast_in_place(tmp_path / "weights", "bfloat16")
     names = sorted(file.name for file in (tmp_path / "export").iterdir())
     assert names == sorted(file.name for file in (tmp_path / "weights").iterdir())
-    assert all(
-        (tmp_path / "weights" / n).read_bytes() == (tmp_path / "export" / n).read_bytes() for n in names
-    )
+    assert all((tmp_path / "weights" / n).read_bytes() == (tmp_path / "export" / n).read_bytes() for n in names)
 
 
 def test_a_cast_leaves_an_adapter_in_float32(bases, tmp_path):

@@ -148,9 +148,7 @@ def test_the_lock_refuses_a_changed_source_until_it_is_accepted(tmp_path):
     before = resolve(yaml, locked=True)
     assert resolve(yaml, locked=True) == before
     (tmp_path / "second.jsonl").write_text("other")
-    with pytest.raises(
-        ConfigError, match=r"datasets\.e has changed since it was pinned .* --update"
-    ) as refused:
+    with pytest.raises(ConfigError, match=r"datasets\.e has changed since it was pinned .* --update") as refused:
         resolve(yaml, locked=True)
     assert "\n" not in str(refused.value)
     accepted = resolve(yaml, locked=True, update=True)
@@ -213,9 +211,7 @@ def test_the_hub_out_of_reach_is_one_sentence(tmp_path):
         [sys.executable, "-c", code, str(yaml)], env=offline, capture_output=True, text=True, check=False
     )
     last = ended.stderr.strip().splitlines()[-1]
-    assert last.startswith(
-        "sweep.config.ConfigError: base_models.m.hub is 'org/model' at 'main': the hub does not"
-    )
+    assert last.startswith("sweep.config.ConfigError: base_models.m.hub is 'org/model' at 'main': the hub does not")
     assert "use path: with a local copy" in last
 
 
@@ -241,9 +237,7 @@ def test_a_file_of_the_same_size_and_time_is_not_read_again(tmp_path, monkeypatc
     assert resolve(yaml) != before
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[1]", "null", '{"FILE": 5}', '{"FILE": null}', '{"FILE": [1, 2]}']
-)
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"FILE": 5}', '{"FILE": null}', '{"FILE": [1, 2]}'])
 def test_a_damaged_cache_costs_time_and_nothing_else(tmp_path, monkeypatch, cache, text):
     yaml = write_sources(tmp_path)
     before = resolve(yaml)

@@ -126,9 +126,7 @@ def test_further_grids_add_their_trials_and_a_trial_two_grids_name_runs_once():
 
 
 def test_settings_without_meaning_for_a_method_do_not_double_its_trials():
-    plan = plan_of(
-        axes={"base_model": ["m"], "dataset": ["d"], "method": ["full", "lora"], "lora.rank": [4, 8]}
-    )
+    plan = plan_of(axes={"base_model": ["m"], "dataset": ["d"], "method": ["full", "lora"], "lora.rank": [4, 8]})
     assert [(p.trial.train.method, p.trial.train.lora.rank) for p in trained(plan)] == [
         ("full", 4),
         ("lora", 4),
@@ -253,9 +251,7 @@ def test_a_baseline_is_evaluated_under_every_template_of_its_trials():
     for baseline, used in zip(baselines(plan), (templates, templates[:1]), strict=True):
         assert [e.template for e in baseline.evaluations if e.name == "b"] == used
         assert [e.template for e in baseline.evaluations if e.name == "bare"] == [None]
-        wanted = {
-            e.eval_id for p in trained(plan) if p.base_model == baseline.base_model for e in p.evaluations
-        }
+        wanted = {e.eval_id for p in trained(plan) if p.base_model == baseline.base_model for e in p.evaluations}
         assert {e.eval_id for e in baseline.evaluations} == wanted
 
 
@@ -314,7 +310,5 @@ def test_a_sweep_that_asks_for_nothing_is_refused(changes, reason):
 
 def test_settings_that_do_not_go_together_are_refused_and_named():
     sweep = sweep_of().model_copy(update={"axes": {"trained_layers": ("3-1",)}})
-    with pytest.raises(
-        ConfigError, match="do not go together: trained_layers '3-1': the first block is after"
-    ):
+    with pytest.raises(ConfigError, match="do not go together: trained_layers '3-1': the first block is after"):
         expand(sweep, pins_of(sweep))

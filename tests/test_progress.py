@@ -36,18 +36,19 @@ def test_quiet_says_nothing(tmp_path, capsys):
 def test_the_line_tells_epoch_and_loss_of_what_runs(tmp_path, capsys):
     board, _, store = open_board(tmp_path, measure=False, baselines=False)
     item, _ = board.next()
+    board.next()  # handed out too, but no worker has it yet
+    board.started(item.key)
     board.progress(item.key, {"epoch": 1.25, "loss": 0.5})
     with Display(board, store.notes):
         pass
-    assert (
-        f"0 of 5 work items done · 1 running · {item.key}: 1.2, 0.500 · unknown time left"
-        in capsys.readouterr().err
-    )
+    assert f"0 of 5 work items done · 1 running · {item.key}: 1.2, 0.500 · unknown time left" in capsys.readouterr().err
 
 
 def test_the_table_stays_short_for_a_thousand_trials(tmp_path):
     board, _, store = open_board(tmp_path, measure=False, baselines=False, axes={"seed": list(range(60))})
     running = [board.next() for _ in range(50)]
+    for item, _ in running:
+        board.started(item.key)
     display = Display(board, store.notes, quiet=True)
     head, table, rest = display._render().renderables
     assert str(head).startswith("0 of 300 work items done · 50 running")

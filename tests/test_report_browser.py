@@ -41,9 +41,7 @@ def page_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="pip install playwright to run the browser test"
-    )
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright to run the browser test")
     with playwright.sync_playwright() as starter:
         started = starter.chromium.launch(executable_path=chromium(), args=FLAGS)
         yield started

@@ -244,15 +244,11 @@ def failing(tmp_path_factory):
     with tiny_sweeps.world(tmp_path_factory.mktemp("failing")) as world:
         folder = world.folder
         sound = [json.loads(line) for line in (folder / "plus.jsonl").read_text().splitlines()]
-        tiny_sweeps.write_jsonl(
-            folder / "long.jsonl", [*sound, {"prompt": "1 plus " * 40, "completion": "1"}]
-        )
+        tiny_sweeps.write_jsonl(folder / "long.jsonl", [*sound, {"prompt": "1 plus " * 40, "completion": "1"}])
         tiny_sweeps.write_jsonl(folder / "silent.jsonl", [row | {"completion": ""} for row in sound])
         (folder / "empty.jsonl").touch()
         (folder / "corrupt.parquet").write_bytes(b"PAR1 this is no Parquet PAR1")
-        broken = (
-            shutil.copytree(folder / "models" / "neox", folder / "models" / "broken") / "model.safetensors"
-        )
+        broken = shutil.copytree(folder / "models" / "neox", folder / "models" / "broken") / "model.safetensors"
         broken.write_bytes(broken.read_bytes()[:20_000])
         names = {
             "long": "long.jsonl",
@@ -262,8 +258,7 @@ def failing(tmp_path_factory):
         }
         yaml = world.write(
             base_models={"llama": {"path": "models/llama"}, "broken": {"path": "models/broken"}},
-            datasets={"plus": {"path": "plus.jsonl"}}
-            | {name: {"path": path} for name, path in names.items()},
+            datasets={"plus": {"path": "plus.jsonl"}} | {name: {"path": path} for name, path in names.items()},
             train={"overlong": "error", "num_examples": 60},
             exclude=[{"base_model": "broken", "dataset": list(names)}],
             measure=False,

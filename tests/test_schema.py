@@ -105,9 +105,7 @@ def test_half_a_number_is_no_count():
 
 def test_optional_keys_may_be_null_and_still_tell_rows_apart():
     row = example_row("checkpoint_measures")
-    table = schema.build(
-        "checkpoint_measures", [row, row | {"layer": None}, row | {"layer": None, "text": None}]
-    )
+    table = schema.build("checkpoint_measures", [row, row | {"layer": None}, row | {"layer": None, "text": None}])
     assert table.num_rows == 3
 
 
@@ -117,9 +115,7 @@ def test_every_column_says_what_it_is():
         assert len(set(table.names)) == len(table.names)
         for column in table.columns:
             assert column.meaning
-            assert column.unit or not column.name.endswith(("_seconds", "_nats", "_gib", "_tokens")), (
-                column.name
-            )
+            assert column.unit or not column.name.endswith(("_seconds", "_nats", "_gib", "_tokens")), column.name
 
 
 def test_a_table_of_other_columns_is_not_written(tmp_path):
@@ -157,9 +153,7 @@ def test_a_file_that_is_no_parquet_is_refused_with_the_way_to_rebuild(tmp_path, 
 
 
 def test_half_a_file_is_refused(tmp_path):
-    path = schema.write(
-        "steps", schema.build("steps", [example_row("steps", i) for i in range(500)]), tmp_path
-    )
+    path = schema.write("steps", schema.build("steps", [example_row("steps", i) for i in range(500)]), tmp_path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(SchemaError, match="is not a readable Parquet file"):
         schema.read("steps", tmp_path)

@@ -114,9 +114,7 @@ def test_one_seed_is_the_same_as_both_seeds():
     both = trial(TrainSpec(data_seed=5, train_seed=5))
     assert trial(TrainSpec(seed=5)).trial_id == both.trial_id
     assert trial(TrainSpec(seed=5)).trial_id == trial(TrainSpec(seed=9, data_seed=5, train_seed=5)).trial_id
-    assert (
-        trial(TrainSpec(seed=5, data_seed=6)).trial_id == trial(TrainSpec(data_seed=6, train_seed=5)).trial_id
-    )
+    assert trial(TrainSpec(seed=5, data_seed=6)).trial_id == trial(TrainSpec(data_seed=6, train_seed=5)).trial_id
     assert trial(TrainSpec(data_seed=5)).trial_id != trial(TrainSpec(train_seed=5)).trial_id
 
 
@@ -227,9 +225,7 @@ def test_names_places_and_labels_keep_the_eval_id(changes):
 
 def test_the_template_does_not_matter_where_it_is_not_applied():
     bare = BenchmarkSpec(path="facts.yaml", apply_template=False)
-    assert (
-        evaluation(bare, template=None).eval_id == evaluation(bare, template="{prompt}{completion}").eval_id
-    )
+    assert evaluation(bare, template=None).eval_id == evaluation(bare, template="{prompt}{completion}").eval_id
 
 
 # ---------------------------------------------------------------------- what a measure's key depends on

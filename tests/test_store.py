@@ -128,9 +128,7 @@ def test_another_store_version_is_refused_in_a_sentence(store):
     commit(store)
     path = store.root / UNIT / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
-    with pytest.raises(
-        StoreError, match=r"written by store version 99, this code reads \d+; use the version"
-    ):
+    with pytest.raises(StoreError, match=r"written by store version 99, this code reads \d+; use the version"):
         store.result(UNIT)
 
 
@@ -158,9 +156,7 @@ def test_a_truncated_result_is_noticed_taken_again_from_its_attempt_and_said(sto
     ]
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{}", "[]", "null", '{"attempt": "1"}', '{"attempt": 1, "version": 1}']
-)
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"attempt": "1"}', '{"attempt": 1, "version": 1}'])
 def test_a_result_that_says_nothing_is_damage(store, content):
     commit(store)
     (store.root / UNIT / "result.json").write_text(content)

@@ -134,9 +134,7 @@ def test_choices_hold_the_answer_once_and_in_every_place(cache):
             assert len(set(item["choices"])) == len(item["choices"]) == recipe.num_choices
             assert item["choices"][item["label"]] == " " + item["response"]
         places = [item["label"] for item in items]
-        assert min(places.count(place) for place in range(recipe.num_choices)) > 0.5 * recipe.chance * len(
-            items
-        )
+        assert min(places.count(place) for place in range(recipe.num_choices)) > 0.5 * recipe.chance * len(items)
 
 
 @pytest.mark.parametrize("architecture", SPECIAL_TOKENS)

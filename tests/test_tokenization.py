@@ -46,9 +46,7 @@ def with_bos(backend: Tokenizer) -> PreTrainedTokenizerFast:
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def sentence_piece() -> Tokenizer:
@@ -93,17 +91,13 @@ EXAMPLES = [
     pair("", "The answer"),
     pair("def add(a, b):\n", "    return a + b\n"),
 ]
-CONVERSATION = Example(
-    (Turn("Name a town.", "Paris"), Turn("Another?", "Rome"), Turn("3?", "5")), system="Be brief."
-)
+CONVERSATION = Example((Turn("Name a town.", "Paris"), Turn("Another?", "Rome"), Turn("3?", "5")), system="Be brief.")
 
 
 def messages(example: Example) -> list[dict]:
     system = [] if example.system is None else [{"role": "system", "content": example.system}]
     roles = ("user", "assistant")
-    return system + [
-        {"role": r, "content": t} for turn in example.turns for r, t in zip(roles, turn, strict=True)
-    ]
+    return system + [{"role": r, "content": t} for turn in example.turns for r, t in zip(roles, turn, strict=True)]
 
 
 def tokenize_one(example: Example, tokenizer, template=STUDY, max_length=500, overlong="error"):
@@ -148,9 +142,7 @@ def test_chat_template_survives_saving(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     chat = messages(CONVERSATION)
-    assert loaded.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(
-        chat, tokenize=False
-    )
+    assert loaded.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
 
 
 @pytest.mark.parametrize(
@@ -187,9 +179,7 @@ def test_lm_eval_feeds_the_ids_that_were_trained(tokenizer):
     for example in EXAMPLES:
         ids, labels = tokenize_one(example, tokenizer)
         ((_, completion),) = example.turns
-        text = tokenizer.apply_chat_template(
-            messages(example)[:1], tokenize=False, add_generation_prompt=True
-        )
+        text = tokenizer.apply_chat_template(messages(example)[:1], tokenize=False, add_generation_prompt=True)
         generated_from = Feeder().tok_batch_encode([text])[0][0].tolist()
         assert generated_from == ids[: prompt_length(labels)]
         context, continuation = Feeder()._encode_pair(text + " ", completion)
@@ -366,9 +356,7 @@ def test_overlong_example_is_cut_at_its_end_dropped_or_an_error(plain):
 
     assert tokenize([example], plain, STUDY, whole, "drop").counts == (1, 1, 0, 0)
     assert tokenize([example], plain, STUDY, whole - 1, "drop").counts == (1, 0, 0, 1)
-    with pytest.raises(
-        DataError, match=f"'What is 2.*' has {whole} tokens, over max_length {whole - 1}; raise"
-    ):
+    with pytest.raises(DataError, match=f"'What is 2.*' has {whole} tokens, over max_length {whole - 1}; raise"):
         tokenize([example], plain, STUDY, whole - 1, "error")
 
 

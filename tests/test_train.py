@@ -106,8 +106,7 @@ def test_lora_leaves_the_base_weights_bit_equal(bases, tmp_path, monkeypatch):
     run(bases["llama"], tmp_path, method="lora", lora=LoraSpec(rank=4, dropout=0.1), weight_decay=0.1)
     base = dict(models.load_base(bases["llama"]).named_parameters())
     after = {
-        n.replace(".base_layer", "").removeprefix("base_model.model."): p
-        for n, p in trained[0].named_parameters()
+        n.replace(".base_layer", "").removeprefix("base_model.model."): p for n, p in trained[0].named_parameters()
     }
     assert all(torch.equal(base[name], after[name]) for name in base)
 
@@ -178,9 +177,7 @@ def test_the_loss_is_the_plain_one(bases, tmp_path):
     def sum_of_losses(examples):
         total = 0
         for ids, labels in examples:
-            logits = model(input_ids=torch.tensor(ids, dtype=torch.long)[None], use_cache=False).logits[
-                0, :-1
-            ]
+            logits = model(input_ids=torch.tensor(ids, dtype=torch.long)[None], use_cache=False).logits[0, :-1]
             wanted = torch.tensor(labels[1:], dtype=torch.long)
             total += torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum")
         return total
@@ -202,9 +199,7 @@ def test_weight_decay_is_on_matrices_only(bases, tmp_path):
     run(bases["llama"], tmp_path / "a", keep=(1,), weight_decay=0.0)
     run(bases["llama"], tmp_path / "b", keep=(1,), weight_decay=0.5)
     plain, decayed = weights(tmp_path / "a", 1), weights(tmp_path / "b", 1)
-    shrunk = {
-        name for name in plain if plain[name].ndim == 2 and decayed[name].norm() < 0.997 * plain[name].norm()
-    }
+    shrunk = {name for name in plain if plain[name].ndim == 2 and decayed[name].norm() < 0.997 * plain[name].norm()}
     assert shrunk == {name for name in plain if plain[name].ndim == 2}
 
 
@@ -242,9 +237,7 @@ def padded(bases, tmp_path_factory):
     def of(name: str, method: str) -> tuple[Collected, dict[str, torch.Tensor]]:
         if (name, method) not in done:
             folder = tmp_path_factory.mktemp("padded")
-            reporter = run(
-                bases[name], folder, method=method, execution={"layout": "padded"}, learning_rate=1e-3
-            )
+            reporter = run(bases[name], folder, method=method, execution={"layout": "padded"}, learning_rate=1e-3)
             done[name, method] = reporter, weights(folder)
         return done[name, method]
 
@@ -355,9 +348,7 @@ def test_every_example_is_in_exactly_one_micro_batch_of_every_split():
         (64, 5, 3),
         (1, 1, 1),
     ]:
-        splits = [
-            training.StepBatches(lengths, batch_size, micro_batch_size, 0, r, ranks) for r in range(ranks)
-        ]
+        splits = [training.StepBatches(lengths, batch_size, micro_batch_size, 0, r, ranks) for r in range(ranks)]
         steps = []
         for split in splits:
             split.set_epoch(2)
@@ -407,20 +398,14 @@ def blank(num_examples: int) -> list[TokenizedExample]:
 def test_no_example_and_no_completion_token_are_data_errors(bases, tmp_path):
     for examples in ([], blank(3)):
         data = TokenizedSplit(TokenizedSet(examples, Counts(3, len(examples), 0, 0)), DATA.held_out)
-        with pytest.raises(
-            training.TrainingError, match="none of the 3 examples has a completion token"
-        ) as caught:
+        with pytest.raises(training.TrainingError, match="none of the 3 examples has a completion token") as caught:
             run(bases["llama"], tmp_path, data=data)
         assert caught.value.kind == "data"
 
 
 def test_a_step_without_labels_is_a_data_error(bases, tmp_path):
-    data = TokenizedSplit(
-        TokenizedSet(blank(20) + DATA.train.examples[:1], Counts(21, 21, 0, 0)), DATA.held_out
-    )
-    with pytest.raises(
-        training.TrainingError, match=r"no example of step \d+ has a completion token"
-    ) as caught:
+    data = TokenizedSplit(TokenizedSet(blank(20) + DATA.train.examples[:1], Counts(21, 21, 0, 0)), DATA.held_out)
+    with pytest.raises(training.TrainingError, match=r"no example of step \d+ has a completion token") as caught:
         run(bases["llama"], tmp_path, data=data, global_batch_size=2)
     assert caught.value.kind == "data"
 
@@ -494,9 +479,7 @@ def test_a_typed_error_survives_pickling():
 
 
 def test_a_trial_is_trained_from_its_file(bases, tmp_path):
-    lines = [
-        json.dumps({"prompt": f"{a} plus {b}", "completion": str(a + b)}) for a in range(6) for b in range(6)
-    ]
+    lines = [json.dumps({"prompt": f"{a} plus {b}", "completion": str(a + b)}) for a in range(6) for b in range(6)]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines))
     trial = TrialSpec(
         base_model=BaseModelSpec(path=str(bases["llama"])),

@@ -346,9 +346,7 @@ def test_a_failure_has_a_kind(error, kind):
 def test_a_command_in_a_record_holds_no_folder_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("SWEEP_CACHE", str(tmp_path / "tiny"))
     mine = evaluation("b", BenchmarkSpec(path=str(tmp_path / "tasks" / "b.yaml")))
-    command = (
-        f"lm_eval --include_path {tmp_path}/tasks --model_args pretrained={{sweep}}/w,base={tmp_path}/tiny/m"
-    )
+    command = f"lm_eval --include_path {tmp_path}/tasks --model_args pretrained={{sweep}}/w,base={tmp_path}/tiny/m"
     recorded = without_paths(command, mine)
     assert str(tmp_path) not in recorded
     assert with_paths(recorded, mine, sweep="there") == command.replace("{sweep}", "there")

@@ -44,9 +44,7 @@ class World:
         write_choice_task(folder / "plus_test.yaml", [_question(a, "plus", 9) for a in range(8)])
         write_choice_task(folder / "times_test.yaml", [_question(a, "times", 9) for a in range(8)])
 
-    def write(
-        self, name: str = "sweep.yaml", *, train: dict[str, Any] | None = None, **settings: Any
-    ) -> Path:
+    def write(self, name: str = "sweep.yaml", *, train: dict[str, Any] | None = None, **settings: Any) -> Path:
         """A sweep's YAML: one base model, one dataset, one benchmark, unless `settings` say otherwise."""
         sweep = {
             "name": "tiny",
@@ -101,11 +99,7 @@ class World:
 
     def workers(self) -> list[psutil.Process]:
         """Ray workers that hold a work item."""
-        return [
-            p
-            for p in self.processes()
-            if command_line(p).startswith("ray::") and "IDLE" not in command_line(p)
-        ]
+        return [p for p in self.processes() if command_line(p).startswith("ray::") and "IDLE" not in command_line(p)]
 
 
 @contextlib.contextmanager

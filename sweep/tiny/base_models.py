@@ -191,9 +191,7 @@ def pretrain(
     outer = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
     optimizers = [
         Muon(inner, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(
-            outer, lr=recipe.other_learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
-        ),
+        torch.optim.AdamW(outer, lr=recipe.other_learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
     def scale(done: int) -> float:

@@ -95,9 +95,7 @@ def build_all(
         ValueError: an unknown name.
         RuntimeError: a build failed; its output is in the message.
     """
-    missing = [
-        name for name in dict.fromkeys(base_models) if not _folder("base_model", name, cache_dir).exists()
-    ]
+    missing = [name for name in dict.fromkeys(base_models) if not _folder("base_model", name, cache_dir).exists()]
     for name in datasets:
         build_dataset(name, cache_dir)
     for name in benchmarks:
@@ -123,16 +121,12 @@ def _run_builders(names: list[str], cache_dir: Path, workers: int) -> None:
                     bar = progress.add_task(f"pretrain {name}", total=BASE_MODELS[name].steps)
                     running[name] = (_start_builder(name, cache_dir, log), log, bar)
                     if not console.is_terminal:
-                        console.print(
-                            f"pretrain {name}: {BASE_MODELS[name].steps} steps, about 80 core-seconds"
-                        )
+                        console.print(f"pretrain {name}: {BASE_MODELS[name].steps} steps, about 80 core-seconds")
                 time.sleep(0.2)
                 for name, (process, log, bar) in list(running.items()):
                     code, output = process.poll(), log.read_text()
                     for step, loss_nats in STEP_LINE.findall(output)[-1:]:
-                        progress.update(
-                            bar, completed=int(step), description=f"pretrain {name}, loss {loss_nats}"
-                        )
+                        progress.update(bar, completed=int(step), description=f"pretrain {name}, loss {loss_nats}")
                     if code is None:
                         continue
                     del running[name]
@@ -161,9 +155,7 @@ def _start_builder(name: str, cache_dir: Path, log: Path) -> subprocess.Popen:
 def _recipe(kind: Kind, name: str) -> Any:
     recipes = RECIPES[kind]
     if name not in recipes:
-        raise ValueError(
-            f"unknown tiny {kind.replace('_', ' ')} {name!r}; known: {', '.join(sorted(recipes))}"
-        )
+        raise ValueError(f"unknown tiny {kind.replace('_', ' ')} {name!r}; known: {', '.join(sorted(recipes))}")
     return recipes[name]
 
 

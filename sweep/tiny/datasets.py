@@ -71,9 +71,7 @@ def draw_examples(source: str, num: int, rng: Random, test: bool) -> list[Exampl
             examples.setdefault(example.question if test else example.instruction, example)
         if len(examples) == num:
             return list(examples.values())
-    raise ValueError(
-        f"{source} has only {len(examples)} different examples on its side; {num} were asked for"
-    )
+    raise ValueError(f"{source} has only {len(examples)} different examples on its side; {num} were asked for")
 
 
 def write_dataset(recipe: DatasetRecipe, path: Path) -> None:
@@ -103,9 +101,7 @@ def _arithmetic(rng: Random) -> Example:
 def _word_problems(rng: Random) -> Example:
     total = text.draw_sum(rng)
     happened, asked, _ = text.draw_story(rng, total)
-    return Example(
-        f"{happened} {asked}", str(total.result), f"{total.left}{total.sign}{total.right}", total.key
-    )
+    return Example(f"{happened} {asked}", str(total.result), f"{total.left}{total.sign}{total.right}", total.key)
 
 
 def _sequences(rng: Random) -> Example:

@@ -151,9 +151,7 @@ class Sum:
     @property
     def result(self) -> int:
         """Value of the calculation."""
-        return {"+": self.left + self.right, "-": self.left - self.right, "*": self.left * self.right}[
-            self.sign
-        ]
+        return {"+": self.left + self.right, "-": self.left - self.right, "*": self.left * self.right}[self.sign]
 
     @property
     def key(self) -> str:
@@ -232,13 +230,9 @@ def number_expression(kind: str, numbers: list[int], rng: Random) -> Expression:
     ordered = sorted(numbers)
     match kind:
         case "max":
-            return Expression(
-                f"max({numbers})", str(ordered[-1]), f"the largest of {numbers}", f"max/{ordered}"
-            )
+            return Expression(f"max({numbers})", str(ordered[-1]), f"the largest of {numbers}", f"max/{ordered}")
         case "min":
-            return Expression(
-                f"min({numbers})", str(ordered[0]), f"the smallest of {numbers}", f"min/{ordered}"
-            )
+            return Expression(f"min({numbers})", str(ordered[0]), f"the smallest of {numbers}", f"min/{ordered}")
         case "sorted":
             return Expression(f"sorted({numbers})", str(ordered), f"{numbers} in order", f"sorted/{ordered}")
         case "sum":
@@ -326,9 +320,7 @@ def draw_story(rng: Random, total: Sum) -> tuple[str, str, str]:
             f"There are {total.result} {thing} in the bags.",
         )
     verb = rng.choice(["gets", "buys", "finds"] if total.sign == "+" else ["loses", "sells", "gives away"])
-    happened = (
-        f"{name} has {total.left} {thing} and {verb} {total.right}{' more' if total.sign == '+' else ''}."
-    )
+    happened = f"{name} has {total.left} {thing} and {verb} {total.right}{' more' if total.sign == '+' else ''}."
     return happened, f"How many {thing} does {name} have now?", f"Now {name} has {total.result} {thing}."
 
 
@@ -379,9 +371,7 @@ def _script_text(rng: Random) -> str:
 def _towns_text(rng: Random) -> str:
     town = rng.choice(list(TOWNS))
     keys = rng.sample(list(ATTRIBUTES), 4)
-    return " ".join(
-        rng.choice(ATTRIBUTES[key].statements).format(town=town, value=TOWNS[town][key]) for key in keys
-    )
+    return " ".join(rng.choice(ATTRIBUTES[key].statements).format(town=town, value=TOWNS[town][key]) for key in keys)
 
 
 def _scene_text(rng: Random) -> str:
