@@ -5,7 +5,7 @@ Pure: it does not know whether anything ran, and reads no files.
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ def expand(sweep: SweepSpec, pins: Pins, measure_version: int = 1) -> Plan:
         )
     if not trials:
         raise ConfigError("the sweep has no trial: every cell is excluded")
+    _check_eval_epochs(sweep, trials.values())
     baselines = _baselines(sweep, trials.values(), evaluations) if sweep.baselines and sweep.benchmarks else []
     return Plan((*trials.values(), *baselines), tuple(_measures(sweep, pins, trials, measure_version)))
 
@@ -144,6 +145,15 @@ def _eval_epochs(sweep: SweepSpec, train: TrainSpec) -> tuple[int, ...]:
     if not epochs:
         raise ConfigError(f"eval_epochs is {list(sweep.eval_epochs)}, but a trial has only {train.epochs} epochs")
     return epochs
+
+
+def _check_eval_epochs(sweep: SweepSpec, trials: Iterable[PlannedTrial]) -> None:
+    """An epoch that no trial reaches is a mistake; one that only some reach is not."""
+    if isinstance(sweep.eval_epochs, tuple):
+        longest = max(planned.trial.train.epochs for planned in trials if planned.trial.train is not None)
+        beyond = [epoch for epoch in sweep.eval_epochs if epoch > longest]
+        if beyond:
+            raise ConfigError(f"eval_epochs names {beyond}, but no trial has more than {longest} epochs")
 
 
 class _Evaluations:

@@ -154,7 +154,7 @@ TABLES: dict[str, TableSchema] = {
                 Column("seconds", FLOAT, "wall time; null while running or lost", unit="seconds"),
                 Column("peak_memory_gib", FLOAT, "peak resident memory of its process", unit="GiB"),
                 Column("outcome", TEXT, "running, succeeded, failed or lost"),
-                Column("failure_kind", TEXT, "oom, nan, data, lost_worker, disk or bug"),
+                Column("failure_kind", TEXT, "oom, nan, data, disk, lost_worker, stopped or bug"),
                 Column("message", TEXT, "one line of the failure"),
             ),
         ),
