@@ -192,6 +192,8 @@ class Page:
         )
         legend = f'<ul class="legend">{keys}</ul>' if keys else ""
         fitting = min(columns, len(parts), 3 if least <= 330 else 2 if least <= 520 else 1)
+        if len(parts) == 4 and fitting == 3:
+            fitting = 2  # two rows of two, not three and one
         files = f'<span class="files"><a href="{name}.csv">CSV</a> · <a href="{name}.png">PNG</a></span>'
         return (
             f'<figure id="figure-{name}">{legend}<div class="panels" '

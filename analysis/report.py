@@ -509,7 +509,7 @@ def _noise(found: Findings, page: Page) -> str:
 def _settings(found: Findings) -> str:
     trained = found.trials.filter(pl.col("in_plan") & ~pl.col("is_baseline"))
     rows = []
-    for name in (*SETTINGS, "seed", "recipe_version", "layout", "device"):
+    for name in (*SETTINGS, "seed", "recipe_version", "layout", "device", "commit", "versions"):
         values = trained[name].unique().sort().to_list()
         if len(trained) and any(v is not None for v in values):
             full = "all" if name in ("trained_layers", "num_examples") else "none"
