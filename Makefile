@@ -10,8 +10,8 @@ DEMO := runs/demo
 .PHONY: demo test test-all lint bench clean
 
 demo: .venv/runtime
-	$(BIN)/python -m sweep run sweep/configs/demo.yaml --out $(DEMO)
-	$(BIN)/python -m analysis report $(DEMO)
+	status=0; $(BIN)/python -m sweep run sweep/configs/demo.yaml --out $(DEMO) || status=$$?; \
+	$(BIN)/python -m analysis report $(DEMO) && exit $$status  # a failed trial does not take the page away
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"

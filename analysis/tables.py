@@ -90,7 +90,7 @@ def _scan(name: str, folder: Path, sweep: Path) -> pl.LazyFrame:
 def gains(tables: Tables) -> pl.DataFrame:
     """Every primary score of a trained checkpoint beside its baseline's: a row per (trial, epoch, eval_id).
 
-    The baseline is the untrained model with the same name and content, under the same `eval_id`. Where it or
+    The baseline is the untrained model with the same content, under the same `eval_id`. Where it or
     the score is missing, `baseline`, `gain` or `score` is null. Where one benchmark was evaluated in several
     ways, its name says which ("gsm8k (4-shot)").
 
@@ -116,7 +116,7 @@ def gains(tables: Tables) -> pl.DataFrame:
         "train_seed",
     )
     primary = tables.scores.filter(pl.col("is_primary")).join(trials, on="trial_id")
-    same = ["base_model", "base_digest", "eval_id"]
+    same = ["base_digest", "eval_id"]
     base = (
         primary.filter("is_baseline")
         .sort("in_plan", "trial_id", descending=[True, False])

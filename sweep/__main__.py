@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)  # [x] in a path is text
 
 Source = Annotated[Path, typer.Argument(help="A sweep's YAML, or the folder of one that ran.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(help="The folder of a sweep.", show_default=False)]
@@ -37,7 +37,7 @@ def run(
     out: Out = None,
     retrain: Annotated[bool, typer.Option(help="Train again where weights are gone but needed.")] = False,
     update: Update = False,
-    cpus: Annotated[int | None, typer.Option(help="Cores of a local Ray; default all.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Cores of a local Ray; default all.")] = None,
     json: Json = False,
 ) -> None:
     """Run what is missing; resumes what was interrupted."""
@@ -109,7 +109,12 @@ def clean(
     for name, size in sizes.items():
         mark = "remove" if name in chosen else f"keep (--{name} removes it)"
         console.print(f"{name:9} {size / 2**20:10.1f} MiB  {mark}")
-    if not yes and not typer.confirm("Remove?"):
+    try:
+        agreed = yes or typer.confirm("Remove?")
+    except typer.Abort:
+        typer.echo()
+        _refuse("not confirmed, nothing was removed; --yes removes without asking")
+    if not agreed:
         raise typer.Exit(0)
     console.print(f"freed {sweep.clean(chosen) / 2**20:.1f} MiB")
 
@@ -135,7 +140,7 @@ def _number(value: float | None, unit: str) -> str:
 
 
 def _print_plan(found: dict[str, Any]) -> None:
-    console.print(f"[bold]{found['name']}[/bold] in {found['folder']}")
+    console.print(f"{found['name']} in {found['folder']}")
     console.print(
         f"{found['trials']:,} trials + {found['baselines']} baselines, {found['checkpoints']:,} checkpoints, "
         f"{found['evaluations']:,} evaluations, {found['measures']} measured pairs"
@@ -152,6 +157,7 @@ def _print_plan(found: dict[str, Any]) -> None:
         (found["checkpoints_to_retrain"], "checkpoints would be retrained (their weights are gone): --retrain"),
         (found["trials_that_continue"], "trials would continue from their kept state"),
         (found["trials_that_start_again"], "trials would start again for more epochs (no kept state)"),
+        *((n, f"finished trials belong to recipe {k}") for k, n in found["orphans_of_other_recipes"].items()),
         (found["orphans"], "trials and measures in the folder are not in this YAML any more"),
     ):
         if count:
@@ -172,17 +178,17 @@ def _print_run(answer: dict[str, Any]) -> None:
     else:
         console.print(f"{answer['ran']} work items done, {len(answer['failed'])} failed")
     for entry in answer["failed"]:
-        console.print(f"  {entry['item']} ({entry['failure_kind']}): {entry['message']}", markup=False)
+        console.print(f"  {entry['item']} ({entry['failure_kind']}): {entry['message']}")
 
 
 def _print_status(found: dict[str, Any]) -> None:
     holder = found["running_by"]
     running = f"run by process {holder['pid']} on {holder['host']}" if holder else "not running"
-    console.print(f"[bold]{found['name']}[/bold] in {found['folder']}, {running}")
+    console.print(f"{found['name']} in {found['folder']}, {running}")
     console.print(", ".join(f"{count} {name}" for name, count in found["trials_and_measures"].items()))
     for failure in found["failures"]:
         text = f"  {failure['item']} (try {failure['attempt']}, {failure['failure_kind']}): {failure['message']}"
-        console.print(text, markup=False)
+        console.print(text)
 
 
 def _refuse(text: str) -> NoReturn:

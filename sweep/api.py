@@ -12,20 +12,33 @@ import os
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sweep import collect, config, pins, tiny
-from sweep.board import Board, write_spec
+from sweep.board import Board
 from sweep.config import ConfigError
 from sweep.forecast import forecast
 from sweep.measure import MEASURE_VERSION
 from sweep.plan import Plan, expand
 from sweep.progress import Display
-from sweep.spec import PlannedMeasure, PlannedTrial, SweepSpec
+from sweep.spec import RECIPE_VERSION, PlannedMeasure, PlannedTrial, SweepSpec
 from sweep.store import STATE, Result, Store, StoreError, train_unit, write_text
-from sweep.trial import STAGES, due, epochs_to_train, failure_kind, trained_epochs, units_to_redo, with_paths
+from sweep.trial import (
+    STAGES,
+    due,
+    epochs_to_train,
+    failure_kind,
+    kept_weights,
+    read_spec,
+    trained_epochs,
+    units_to_redo,
+    with_paths,
+    write_spec,
+)
 
 Row = dict[str, Any]
 
@@ -64,14 +77,18 @@ class Sweep:
             StoreError: the folder is not one of a sweep.
         """
         source = Path(source)
-        if source.is_dir():
+        self._folder_only = source.is_dir()
+        """Results are looked at where their sources may be gone: only `run` needs those."""
+        if self._folder_only:
+            if out is not None:
+                raise StoreError(f"{source} is the folder of a sweep: its results lie there; leave --out away")
             if not (source / "sweep.yaml").exists():
                 raise StoreError(f"{source} is not the folder of a sweep (no sweep.yaml); give its YAML instead")
             self.store = Store(source)
             self._text = self.store.config_path.read_text()
             origin = self.store.root / "sweep.yaml.origin"
             anchor = Path(origin.read_text().strip()) if origin.exists() else source / "sweep.yaml"
-            self.spec: SweepSpec = config.parse(self._text, anchor)
+            self.spec: SweepSpec = config.parse(self._text, anchor, check_files=False)
             self._origin = anchor
         else:
             self.spec = config.load(source)
@@ -86,8 +103,12 @@ class Sweep:
         """Every trial and measure of the YAML."""
         if self._plan is None:
             lock = self.store.lock_path
-            digests = pins.resolve(self.spec, lock if lock.exists() else None, self._update)
-            self._plan = expand(self.spec, digests, MEASURE_VERSION)
+            with self._named():
+                if self._folder_only and lock.exists():
+                    digests = pins.pinned(self.spec, lock)
+                else:
+                    digests = pins.resolve(self.spec, lock if lock.exists() else None, self._update, write=False)
+                self._plan = expand(self.spec, digests, MEASURE_VERSION)
         return self._plan
 
     def plan(self) -> Row:
@@ -102,6 +123,7 @@ class Sweep:
             items["to_retrain"].update(item.stage for item in state.retrain)
         trained = [p for p in plan.trials if not p.trial.is_baseline]
         again, onward = _longer(trained, done)
+        orphans = set(self.store.owners()) - set(_owners(plan))
         slots = max(1, int((os.cpu_count() or 1) / self.spec.resources.train.cpus))
         return {
             "name": self.spec.name,
@@ -115,7 +137,8 @@ class Sweep:
             "checkpoints_to_retrain": sum("/train/" in unit for unit in _to_redo(plan, done)),
             "trials_that_continue": onward,
             "trials_that_start_again": again,
-            "orphans": len(set(self.store.owners()) - set(_owners(plan))),
+            "orphans": len(orphans),
+            "orphans_of_other_recipes": dict(_other_recipes(self.store, orphans)),
             **asdict(forecast(plan, done, self.spec.resources, slots)),
         }
 
@@ -144,10 +167,11 @@ class Sweep:
         """One trial: its settings, what training recorded, its scores, its tries. The id may be shortened."""
         owner = self.find(trial_id)
         if owner.startswith("measures/"):
-            measured = PlannedMeasure.model_validate_json(self.store.spec_path(owner).read_bytes())
+            measured = read_spec(self.store, owner)
             result = self.store.result(owner)
             return {"spec": measured.model_dump(mode="json"), "record": result and result.record}
-        planned = PlannedTrial.model_validate_json(self.store.spec_path(owner).read_bytes())
+        planned = read_spec(self.store, owner)
+        assert isinstance(planned, PlannedTrial)
         done = self.store.committed(owner)
         attempts = self.store.attempts(owner)
         records = {r.unit: r.record for r in done.values() if "/train/" in r.unit}
@@ -206,8 +230,10 @@ class Sweep:
         """
         self.store.root.mkdir(parents=True, exist_ok=True)
         with self.store.lease():
-            digests = pins.resolve(self.spec, self.store.lock_path, self._update)
-            self._plan = plan = expand(self.spec, digests, MEASURE_VERSION)
+            with self._named():
+                self.spec = config.parse(self._text, self._origin)  # now with the files it names
+                digests = pins.resolve(self.spec, self.store.lock_path, self._update)
+                self._plan = plan = expand(self.spec, digests, MEASURE_VERSION)
             self._save_config()
             for owner in self.store.owners():
                 self.store.repair(owner)
@@ -254,25 +280,25 @@ class Sweep:
             StoreError: there is no such checkpoint, or its weights were not kept, or `target` is in use.
         """
         owner, target = self.find(trial_id), Path(target)
-        planned = PlannedTrial.model_validate_json(self.store.spec_path(owner).read_bytes())
-        done = self.store.committed(owner)
-        from sweep import models
-        from sweep.trial import exported
-
-        known = [n for n in planned.epochs if (r := done.get(train_unit(planned.trial_id, n))) and r.weights]
-        if epoch not in known:
-            have = f"it has those of epochs {known}" if known else "it has none (see keep: in the YAML)"
+        if owner.startswith("measures/"):
+            raise StoreError(f"{owner} is a measure: it has no weights; give a trial")
+        planned = read_spec(self.store, owner)
+        assert isinstance(planned, PlannedTrial)
+        kept = kept_weights(planned, self.store.committed(owner))
+        if epoch not in kept:
+            have = f"it has those of epochs {list(kept)}" if kept else "it has none (see keep: in the YAML)"
             raise StoreError(f"trial {planned.trial_id} has no weights of epoch {epoch}; {have}")
-        weights = exported(planned, epoch, done) or done[train_unit(planned.trial_id, epoch)].weights
-        assert weights is not None
-        if target.exists() and any(target.iterdir()):
-            raise StoreError(f"{target} is not empty; give a new folder")
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise StoreError(f"{target} is not an empty folder; give a new one")
+        weights = kept[epoch]
+        from sweep import models  # 5 s of imports, not needed to refuse
+
         if merge and models.adapter_config(weights) is not None:
             base = planned.trial.base_model
             path = models.locate(base, planned.trial.base_digest)
             model = models.load_checkpoint(path, weights, "float32", base.trust_remote_code, base_dtype=base.dtype)
-            model.to(getattr(__import__("torch"), planned.export_dtype)).save_pretrained(target)
-            models.load_tokenizer(weights).save_pretrained(target)
+            dtype = getattr(__import__("torch"), planned.export_dtype)
+            models.save_checkpoint(model.to(dtype), target, models.load_tokenizer(weights), "")
         else:
             shutil.copytree(weights, target, dirs_exist_ok=True)
         return target
@@ -285,16 +311,28 @@ class Sweep:
         """Remove those parts; results and tables stay. Returns the bytes freed."""
         freed = 0
         with self.store.lease():
+            for owner in self.store.owners():
+                self.store.repair(owner)  # finished work that a killed driver left is no left-over
             for name, paths in self._removable().items():
                 if name in what:
                     for path in paths:
                         freed += _size(path)
                         gone = path.with_name(f".{path.name}.removed")
+                        shutil.rmtree(gone, ignore_errors=True)  # of a clean that was cut off
                         path.rename(gone)
                         shutil.rmtree(gone, ignore_errors=True)
         return freed
 
     # ------------------------------------------------------------------ inside
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors about the request begin with the YAML they are about."""
+        try:
+            yield
+        except ConfigError as error:
+            text, name = str(error), str(self._origin)
+            raise ConfigError(text if text.startswith(name) else f"{name}: {text}") from error
 
     def _done(self, plan: Plan) -> dict[str, dict[str, Result]]:
         return {owner: self.store.committed(owner) for owner in _owners(plan)}
@@ -339,7 +377,11 @@ class Sweep:
                     found["states"].append(result.folder / STATE)
                 attempts = self.store.root / unit / "attempts"
                 kept = result.folder if result is not None else None
-                found["attempts"] += [folder for folder in attempts.glob("[!.]*") if folder != kept]
+                found["attempts"] += [
+                    folder
+                    for folder in attempts.glob("[!.]*")
+                    if folder != kept and (kept is not None or not (folder / "manifest.json").exists())
+                ]
         if self.store.cache.is_dir():
             found["cache"].append(self.store.cache)
         return found
@@ -348,6 +390,13 @@ class Sweep:
 def _owners(plan: Plan) -> dict[str, PlannedTrial | PlannedMeasure]:
     owners: dict[str, PlannedTrial | PlannedMeasure] = {f"trials/{p.trial_id}": p for p in plan.trials}
     return owners | {f"measures/{m.key}": m for m in plan.measures}
+
+
+def _other_recipes(store: Store, orphans: set[str]) -> Counter[int]:
+    """Orphaned trials whose weights an older version of the training code defined, by that version."""
+    specs = [read_spec(store, owner) for owner in orphans if owner.startswith("trials/")]
+    versions = [s.trial.recipe_version for s in specs if isinstance(s, PlannedTrial) and not s.trial.is_baseline]
+    return Counter(version for version in versions if version != RECIPE_VERSION)
 
 
 def _to_redo(plan: Plan, done: dict[str, dict[str, Result]]) -> list[str]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from sweep.plan import Plan
 from sweep.spec import PlannedMeasure, PlannedTrial
-from sweep.store import LeaseLost, Result, Store, StoreError, write_text
-from sweep.trial import STAGES, WorkItem, due, failure_kind, removable
+from sweep.store import LeaseLost, Result, Store, StoreError
+from sweep.trial import STAGES, WorkItem, due, failure_kind, removable, write_spec
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Board:
             self._close_lost_attempts(owner)
             self.done.update(item.stage for item in due(planned, self._results[owner]).done)
             self._enqueue(owner)
+            self._remove_unneeded(owner)  # a stricter `keep:`, or a driver that died before it
 
     # ------------------------------------------------------------------ handing out
 
@@ -221,10 +222,3 @@ class Board:
         if isinstance(planned, PlannedTrial) and not busy:
             for result, subfolder in list(removable(planned, self._results[owner])):
                 self._store.remove_weights(result, subfolder)
-
-
-def write_spec(store: Store, owner: str, planned: PlannedTrial | PlannedMeasure) -> None:
-    """What the trial or measure is, for the worker, for `show` and for `collect`."""
-    path, text = store.spec_path(owner), planned.model_dump_json(indent=1)
-    if not path.exists() or path.read_text() != text:
-        write_text(path, text)

@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sweep import schema
-from sweep.spec import PlannedMeasure, PlannedTrial
+from sweep.spec import PlannedMeasure, PlannedTrial, TrialSpec
 from sweep.store import Result, Store, layer_delta_unit, measure_unit, score_unit, train_unit, write_text
-from sweep.trial import WorkItem, due, trained_epochs
+from sweep.trial import WorkItem, due, read_spec, trained_epochs
 
 Row = dict[str, Any]
 Rows = dict[str, list[Row]]
@@ -124,7 +124,8 @@ def _rows_of(store: Store, name: str, trial_ids: pa.Array) -> pa.Table:
 
 
 def _trial_tables(store: Store, owner: str, wanted: bool, running: bool) -> dict[str, pa.Table]:
-    planned = PlannedTrial.model_validate_json(store.spec_path(owner).read_bytes())
+    planned = read_spec(store, owner)
+    assert isinstance(planned, PlannedTrial)
     done, attempts = store.committed(owner), store.attempts(owner)
     tables = {
         "trials": schema.build("trials", [_trial_row(planned, done, attempts, wanted, running)]),
@@ -179,7 +180,7 @@ def _trial_row(
         "in_plan": wanted,
         "is_baseline": trial.is_baseline,
         "base_model": planned.base_model,
-        "base_digest": trial.base_digest,
+        "base_digest": content_of(trial),
         "dataset": planned.dataset,
         "dataset_kind": planned.dataset_kind,
         "commit": made.get("commit") or None,
@@ -202,6 +203,12 @@ def _trial_row(
         for name in row.keys() & record.keys() - {"versions"}:  # those of its provenance are in text already
             row[name] = record[name]
     return row
+
+
+def content_of(trial: TrialSpec) -> str:
+    """Content of the base model as it was loaded: what a trial and its baseline have in common."""
+    dtype = trial.base_model.dtype
+    return trial.base_digest if dtype == "float32" else f"{trial.base_digest} {dtype}"
 
 
 def _attempt_rows(attempts: list[Row], owner: str) -> list[Row]:
@@ -233,7 +240,8 @@ def _score_rows(planned: PlannedTrial, done: Mapping[str, Result]) -> Iterator[R
 
 
 def _measure_tables(store: Store, owner: str) -> dict[str, pa.Table]:
-    planned = PlannedMeasure.model_validate_json(store.spec_path(owner).read_bytes())
+    planned = read_spec(store, owner)
+    assert isinstance(planned, PlannedMeasure)
     tables = {"attempts": schema.build("attempts", _attempt_rows(store.attempts(owner), owner))}
     result = store.result(measure_unit(planned.key))
     if result is not None:
@@ -243,7 +251,7 @@ def _measure_tables(store: Store, owner: str) -> dict[str, pa.Table]:
                 "base_model": planned.base_model,
                 "dataset": planned.dataset,
                 "measure": measure,
-                "base_digest": planned.pair.base_digest,
+                "base_digest": content_of(planned.pair),
                 "data_digest": "+".join(digest for digest, *_ in planned.pair.data_identity()),
                 "dataset_kind": planned.dataset_kind,
                 "value": value,

@@ -76,15 +76,21 @@ def load(path: Path | str) -> SweepSpec:
     return parse(text, path)
 
 
-def parse(text: str, path: Path) -> SweepSpec:
-    """As `load`, from the YAML's text; `path` is named in errors and anchors relative paths."""
+def parse(text: str, path: Path, *, check_files: bool = True) -> SweepSpec:
+    """As `load`, from the YAML's text.
+
+    Args:
+        text: the YAML.
+        path: named in errors; relative paths start at its folder.
+        check_files: refuse paths that are not there.
+    """
     try:
         data = yaml.load(text, _Loader)
         if not isinstance(data, dict):
             raise ConfigError("is not a mapping; start with 'name:', 'base_models:' and 'datasets:'")
         _check_axis_keys(data)
         sweep = SweepSpec.model_validate_json(json.dumps(data))
-        sweep = _resolve_paths(sweep, path.parent)
+        sweep = _resolve_paths(sweep, path.parent, check_files)
         _check_names(sweep)
         sweep = _describe_tiny(sweep)
     except ValidationError as error:
@@ -181,8 +187,8 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _resolve_paths(sweep: SweepSpec, folder: Path) -> SweepSpec:
-    """Absolute paths, each of which is there."""
+def _resolve_paths(sweep: SweepSpec, folder: Path, check_files: bool) -> SweepSpec:
+    """Absolute paths; with `check_files` each of them is there."""
 
     def absolute(path: str) -> str:
         return str((folder / Path(path).expanduser()).absolute())
@@ -191,12 +197,12 @@ def _resolve_paths(sweep: SweepSpec, folder: Path) -> SweepSpec:
     for name, model in models.items():
         if model.path is not None:
             where = Path(absolute(model.path))
-            if not (where / "config.json").is_file():
+            if check_files and not (where / "config.json").is_file():
                 raise ConfigError(
                     f"base_models.{name}.path is '{model.path}': no model directory there (no {where}/config.json); "
                     "give a folder saved with save_pretrained"
                 )
-            if not any((where / file).is_file() for file in TOKENIZER_FILES):
+            if check_files and not any((where / file).is_file() for file in TOKENIZER_FILES):
                 raise ConfigError(
                     f"base_models.{name}.path is '{model.path}': the directory has no tokenizer "
                     f"({', '.join(TOKENIZER_FILES)}); save one there with tokenizer.save_pretrained"
@@ -206,14 +212,14 @@ def _resolve_paths(sweep: SweepSpec, folder: Path) -> SweepSpec:
         if dataset.path is not None:
             paths = (dataset.path,) if isinstance(dataset.path, str) else dataset.path
             for path in paths:
-                if not matching_files(absolute(path)):
+                if check_files and not matching_files(absolute(path)):
                     raise ConfigError(f"datasets.{name}.path is '{path}': no such file ({absolute(path)})")
             paths = tuple(absolute(path) for path in paths)
             datasets[name] = dataset.model_copy(update={"path": paths if len(paths) > 1 else paths[0]})
     for name, benchmark in benchmarks.items():
         if benchmark.path is not None:
             where = Path(absolute(benchmark.path))
-            if not where.is_file():
+            if check_files and not where.is_file():
                 raise ConfigError(f"benchmarks.{name}.path is '{benchmark.path}': no such task YAML ({where})")
             benchmarks[name] = benchmark.model_copy(update={"path": str(where)})
     return sweep.model_copy(update={"base_models": models, "datasets": datasets, "benchmarks": benchmarks})

@@ -5,6 +5,7 @@ rule of thumb until trials of the same sweep have finished, and from their recor
 """
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping
@@ -145,13 +146,11 @@ def count_parameters(base: BaseModelSpec) -> int | None:
             length = int.from_bytes(stream.read(8), "little")
             if length > file.stat().st_size:  # not safetensors: a pointer of git-lfs, half a download
                 return None
-            header = json.loads(stream.read(length))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for side in tensor["shape"]:
-                    size *= side
-                total += size
+            try:
+                header = dict(json.loads(stream.read(length)))
+            except (ValueError, TypeError):
+                return None
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
     return total or None
 
 

@@ -7,13 +7,13 @@ sweep never mixes two versions of its data unnoticed.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sweep import evaluate, tiny
 from sweep.config import ConfigError, matching_files
-from sweep.spec import BaseModelSpec, BenchmarkSpec, DatasetSpec, Pins, SweepSpec
+from sweep.spec import BaseModelSpec, BenchmarkSpec, DatasetSpec, EvalSpec, Pins, SweepSpec, TrialSpec
 from sweep.store import write_text
 
 GROUPS = ("base_models", "datasets", "benchmarks")
@@ -22,13 +22,14 @@ NOT_CONTENT = (".md", ".png", ".lock")
 """Endings of files in a model directory that do not shape what the model computes."""
 
 
-def resolve(sweep: SweepSpec, lock_path: Path | None = None, update: bool = False) -> Pins:
+def resolve(sweep: SweepSpec, lock_path: Path | None = None, update: bool = False, *, write: bool = True) -> Pins:
     """The content of every source, checked against `sweep.lock` and written there.
 
     Args:
         sweep: the sweep.
         lock_path: the store's lock file; None neither checks nor pins.
         update: accept changed sources and move hub commits to what their revision is now.
+        write: pin what was found; only the holder of the lease may.
 
     Raises:
         ConfigError: a source is not there, not readable, or not what the lock pinned.
@@ -43,13 +44,65 @@ def resolve(sweep: SweepSpec, lock_path: Path | None = None, update: bool = Fals
     for name, benchmark in sweep.benchmarks.items():
         found["benchmarks"][name] = _pin(f"benchmarks.{name}", benchmark, locked)
     _digests.save()
-    if lock_path is not None:
+    if lock_path is not None and write:
         kept = {group: {**locked.get(group, {}), **found[group]} for group in GROUPS}
         text = json.dumps(kept, indent=1, sort_keys=True) + "\n"
         if not lock_path.exists() or lock_path.read_text() != text:
             write_text(lock_path, text)
     digests = {group: {name: pin["digest"] for name, pin in found[group].items()} for group in GROUPS}
     return Pins(**digests, backend=evaluate.BACKEND)
+
+
+def pinned(sweep: SweepSpec, lock_path: Path) -> Pins:
+    """The content as the lock has it, whatever became of the sources: to look at results that are there.
+
+    Raises:
+        ConfigError: the lock is not there or lacks a source.
+    """
+    locked = _read_lock(lock_path)
+    try:
+        digests = {
+            group: {
+                name: str(locked[group][name]["digest"])
+                for name, source in getattr(sweep, group).items()
+                if getattr(source, "mixture", None) is None
+            }
+            for group in GROUPS
+        }
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{lock_path} does not pin {error}; run the sweep again from its YAML") from error
+    return Pins(**digests, backend=evaluate.BACKEND)
+
+
+class SourceChanged(ValueError):
+    """A source is not what was pinned: it changed while the sweep ran."""
+
+    kind = "data"
+
+
+def verify(trial: TrialSpec, evaluations: Sequence[EvalSpec] = ()) -> None:
+    """Refuse local sources that are not what they were when the sweep was planned.
+
+    A worker asks before it reads and again before it finishes a result; it costs a stat of each file.
+
+    Raises:
+        SourceChanged: one is not.
+    """
+    sources: dict[str, tuple[BaseModelSpec | DatasetSpec | BenchmarkSpec, str]] = {}
+    if trial.base_model.path is not None:
+        sources["the base model"] = (trial.base_model, trial.base_digest)
+    for name, dataset in trial.datasets.items():
+        if dataset.path is not None:
+            sources[f"datasets.{name}"] = (dataset, trial.data_digests[name])
+    for evaluation in evaluations:
+        if evaluation.benchmark.path is not None:
+            sources[f"benchmarks.{evaluation.name}"] = (evaluation.benchmark, evaluation.digest)
+
+    for key, (source, digest) in sources.items():
+        if _digest(key, source) != digest:
+            raise SourceChanged(
+                f"{key} has changed since this run began; restore it, or start the run again with --update"
+            )
 
 
 def _read_lock(path: Path) -> dict[str, Any]:

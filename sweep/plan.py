@@ -165,7 +165,7 @@ class _Evaluations:
 
     def of(self, template: str | None) -> tuple[EvalSpec, ...]:
         if template not in self._made:
-            self._made[template] = tuple(
+            self._made[template] = _distinct(
                 EvalSpec(
                     name=name,
                     benchmark=benchmark,
@@ -177,6 +177,17 @@ class _Evaluations:
                 for name, benchmark in self._sweep.benchmarks.items()
             )
         return self._made[template]
+
+
+def _distinct(evaluations: Iterable[EvalSpec]) -> tuple[EvalSpec, ...]:
+    """The same; two names of one evaluation would be one score under two names."""
+    names: dict[str, str] = {}
+    found = tuple(evaluations)
+    for evaluation in found:
+        other = names.setdefault(evaluation.eval_id, evaluation.name)
+        if other != evaluation.name:
+            raise ConfigError(f"benchmarks '{other}' and '{evaluation.name}' are the same evaluation; keep one of them")
+    return found
 
 
 def _baselines(sweep: SweepSpec, trials: Any, evaluations: _Evaluations) -> list[PlannedTrial]:

@@ -94,7 +94,11 @@ TABLES: dict[str, TableSchema] = {
                 Column("in_plan", BOOL, "the YAML still asks for it"),
                 Column("is_baseline", BOOL, "a base model without training"),
                 Column("base_model", TEXT, "its name in the YAML"),
-                Column("base_digest", TEXT, "content of the base model: digest, hub commit or recipe id"),
+                Column(
+                    "base_digest",
+                    TEXT,
+                    "content of the base model as loaded: digest, commit or recipe id, and any other dtype",
+                ),
                 Column("architecture", TEXT, "model class, as in the model's config"),
                 Column("num_layers", INT, "transformer blocks"),
                 Column("num_parameters", INT, "parameters of the base model"),

@@ -23,8 +23,9 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
-Positive = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
+Count = Annotated[int, BeforeValidator(_integral), Field(ge=0, lt=2**63)]
+Positive = Annotated[int, BeforeValidator(_integral), Field(ge=1, lt=2**63)]
+Seed = Annotated[int, BeforeValidator(_integral), Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -86,7 +87,7 @@ class DatasetSpec(Spec):
     """Branch, tag or commit on the hub; the commit found is pinned in `sweep.lock`."""
     tiny: str | None = None
     """Name of an embedded dataset (see sweep/tiny)."""
-    mixture: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
     """Other datasets of this YAML with their weights: shares of the examples."""
     format: Literal["prompt_completion", "instruction", "messages"] | None = None
     """`prompt` + `completion`; `instruction` (+ `input`) + `output` or `response`; or `messages` with role
@@ -162,11 +163,11 @@ class TrainSpec(Spec):
     """Planned passes over the data; not part of the id under a constant schedule."""
     precision: Literal["float32", "bf16"] = "float32"
     """float32, or bf16 autocast over float32 weights. Never chosen by the device."""
-    seed: Count = 0
+    seed: Seed = 0
     """Sets the two seeds below where they are not given."""
-    data_seed: Count | None = None
+    data_seed: Seed | None = None
     """Chooses the examples and their order."""
-    train_seed: Count | None = None
+    train_seed: Seed | None = None
     """Initialises adapters and dropout."""
 
     @model_validator(mode="after")
@@ -356,7 +357,7 @@ class SweepSpec(Spec):
     """As in `GridSpec`."""
     also: tuple[GridSpec, ...] = ()
     """Further grids; a trial that two grids name runs once."""
-    eval_epochs: Literal["last", "all"] | tuple[Positive, ...] = "last"
+    eval_epochs: Literal["last", "all"] | Annotated[tuple[Positive, ...], Field(min_length=1)] = "last"
     """The epochs whose checkpoints are kept and evaluated."""
     baselines: bool = True
     """Evaluate every base model without training too."""

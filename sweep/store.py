@@ -203,7 +203,8 @@ class Store:
     def _folders(folder: Path) -> list[Path]:
         try:
             with os.scandir(folder) as entries:
-                return sorted((Path(e.path) for e in entries if e.is_dir()), key=lambda p: p.name)
+                visible = (Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
+                return sorted(visible, key=lambda path: path.name)
         except FileNotFoundError:
             return []
 
@@ -246,7 +247,8 @@ class Store:
     def _manifest(self, unit: str, number: int) -> dict[str, Any] | None:
         folder = self.root / unit / "attempts" / str(number)
         manifest = _read_json(folder / "manifest.json")
-        return manifest if manifest is not None and _whole(folder, manifest) else None
+        since = _modified(folder / "manifest.json")
+        return manifest if manifest is not None and _whole(folder, manifest, since) else None
 
     def result(self, unit: str) -> Result | None:
         """The committed result; None if there is none, or it is damaged (see `repair`)."""
@@ -259,7 +261,7 @@ class Store:
                 f"{STORE_VERSION}; use the version of the code that wrote it, or start in a new --out folder"
             )
         folder = self.root / unit / "attempts" / str(data["attempt"])
-        if not _whole(folder, data):
+        if not _whole(folder, data, _modified(self.root / unit / "result.json")):
             return None
         files = {name: (size, digest) for name, (size, digest) in data["files"].items()}
         return Result(unit, data["attempt"], folder, data["record"], files)
@@ -434,7 +436,7 @@ def _alive(lease: dict[str, Any]) -> bool:
     if lease.get("host") == socket.gethostname():
         try:
             os.kill(int(lease["pid"]), 0)
-        except (ProcessLookupError, ValueError, KeyError):
+        except (ProcessLookupError, ValueError, KeyError, TypeError, OverflowError):
             return False
         except PermissionError:
             pass
@@ -450,18 +452,35 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
-def _whole(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Every file has its size; `weights/` and `state/` are whole or gone together."""
+def _modified(path: Path) -> int:
+    """When a file was last written, in ns; 0 if it is not there."""
     try:
-        for name, (size, _) in manifest["files"].items():
-            if os.stat(os.path.join(folder, name)).st_size != size:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _whole(folder: Path, manifest: dict[str, Any], since: int) -> bool:
+    """Every file has its size, and its digest if it was written after `since`, when it should have been final.
+
+    `weights/` and `state/` are whole or gone together.
+    """
+    try:
+        for name, (size, digest) in manifest["files"].items():
+            path = os.path.join(folder, name)
+            found = os.stat(path)
+            if found.st_size != size:
                 return False
+            if found.st_mtime_ns > since:
+                with open(path, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                        return False
     except FileNotFoundError:
         group = name.split("/")[0]
         if group not in (WEIGHTS, STATE) or (folder / group).is_dir():
             return False
         rest = {n: f for n, f in manifest["files"].items() if n.split("/")[0] != group}
-        return _whole(folder, {**manifest, "files": rest})
+        return _whole(folder, {**manifest, "files": rest}, since)
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
     return True

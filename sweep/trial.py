@@ -19,7 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sweep import tiny
+from pydantic import ValidationError
+
+from sweep import pins, tiny
 from sweep.spec import EvalSpec, PlannedMeasure, PlannedTrial
 from sweep.store import (
     STATE,
@@ -27,10 +29,12 @@ from sweep.store import (
     Attempt,
     Result,
     Store,
+    StoreError,
     layer_delta_unit,
     measure_unit,
     score_unit,
     train_unit,
+    write_text,
 )
 
 STAGES = ("train", "layer_delta", "evaluate", "measure")
@@ -150,6 +154,16 @@ def epochs_to_train(planned: PlannedTrial, done: Mapping[str, Result]) -> list[i
     return [epoch for epoch in planned.epochs if train_unit(planned.trial_id, epoch) not in done]
 
 
+def kept_weights(planned: PlannedTrial, done: Mapping[str, Result]) -> dict[int, Path]:
+    """Epoch -> weights that are still there: as evaluation reads them, or else as they were trained."""
+    found = {}
+    for epoch in trained_epochs(done):
+        weights = exported(planned, epoch, done) or done[train_unit(planned.trial_id, epoch)].weights
+        if weights is not None:
+            found[epoch] = weights
+    return found
+
+
 def trained_epochs(done: Mapping[str, Result]) -> list[int]:
     """Epochs whose checkpoint is committed, also those the YAML asks for no more, ascending."""
     return sorted(int(unit.rsplit("-", 1)[1]) for unit in done if "/train/epoch-" in unit)
@@ -178,6 +192,27 @@ def removable(planned: PlannedTrial, done: Mapping[str, Result]) -> Iterator[tup
         checkpoint = done[train_unit(planned.trial_id, epoch)]
         if checkpoint.state is not None and (planned.keep_state == "none" or epoch != trained[-1]):
             yield checkpoint, STATE
+
+
+def write_spec(store: Store, owner: str, planned: PlannedTrial | PlannedMeasure) -> None:
+    """What the trial or measure is, for the worker, for `show` and for `collect`."""
+    path, text = store.spec_path(owner), planned.model_dump_json(indent=1)
+    if not path.exists() or path.read_text() != text:
+        write_text(path, text)
+
+
+def read_spec(store: Store, owner: str) -> PlannedTrial | PlannedMeasure:
+    """What a trial or measure of the store is.
+
+    Raises:
+        StoreError: its spec.json is damaged.
+    """
+    path = store.spec_path(owner)
+    kind = PlannedTrial if owner.startswith("trials/") else PlannedMeasure
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise StoreError(f"{path} is damaged; `python -m sweep run` with the sweep's YAML writes it again") from error
 
 
 # ---------------------------------------------------------------------- on the worker
@@ -334,7 +369,9 @@ class _Worker:
         self._attempt, self._finish, self._notify = attempt, finish, notify
 
     def _planned(self, item: WorkItem) -> PlannedTrial:
-        return PlannedTrial.model_validate_json(self._store.spec_path(item.owner).read_bytes())
+        planned = read_spec(self._store, item.owner)
+        assert isinstance(planned, PlannedTrial)
+        return planned
 
     def train(self, item: WorkItem) -> str:
         """Train to every wanted epoch that has no checkpoint yet, continuing from a kept state."""
@@ -347,6 +384,7 @@ class _Worker:
         state = _latest_state(planned, done, before=min(wanted))
         if state is not None:
             logging.getLogger("sweep").info("goes on from %s", state.relative_to(self._store.root))
+        pins.verify(planned.trial)
         reporter = _TrainReporter(self, planned, cast=planned.layer_delta == "off")
         train(
             planned.trial,
@@ -393,6 +431,7 @@ class _Worker:
         base_path = models.locate(base, planned.trial.base_digest)
         weights = None if planned.trial.is_baseline else exported(planned, epoch, done)
         missing = missing_evaluations(planned, epoch, done)
+        pins.verify(planned.trial.model_copy(update={"datasets": {}}), missing)
         for template in dict.fromkeys(e.template for e in missing):  # a baseline may have several
             self._score(planned, epoch, base_path, weights, [e for e in missing if e.template == template])
         return models.device()
@@ -442,9 +481,11 @@ class _Worker:
         from sweep.data import measured_examples
         from sweep.measure import measure
 
-        planned = PlannedMeasure.model_validate_json(self._store.spec_path(item.owner).read_bytes())
+        planned = read_spec(self._store, item.owner)
+        assert isinstance(planned, PlannedMeasure)
         pair = planned.pair
         assert pair.train is not None
+        pins.verify(pair)
         attempt = self._attempt(measure_unit(planned.key))
         started = time.time()
         base_path = models.locate(pair.base_model, pair.base_digest)
@@ -490,6 +531,7 @@ class _TrainReporter:
 
     def checkpoint(self, epoch: int, record: dict[str, Any]) -> None:
         """The files of an epoch's checkpoint are written."""
+        pins.verify(self._planned.trial)
         attempt = self._attempts.pop(epoch)
         self.device = record["device"]
         if self._cast and self._planned.export_dtype != "float32":

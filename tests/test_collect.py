@@ -7,7 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from sweep import collect, schema
-from sweep.board import write_spec
 from sweep.collect import INDEX
 from sweep.schema import TABLES, SchemaError
 from sweep.spec import (
@@ -23,6 +22,7 @@ from sweep.spec import (
     TrialSpec,
 )
 from sweep.store import Store, layer_delta_unit, measure_unit, score_unit, train_unit
+from sweep.trial import write_spec
 
 TRAIN = TrainSpec(
     method="lora",

@@ -127,14 +127,14 @@ def test_a_killed_worker_is_replaced_and_what_it_finished_stays(tmp_path, undist
     with tiny_sweeps.world(tmp_path) as world:
         out = tmp_path / "out"
         run = world.start("run", write_sweep(world), "--out", out, "--cpus", 1)
-        wait_for(lambda: is_written(out, "train/epoch-1"))
+        wait_for(lambda: is_written(out, "train/epoch-1"), run)
         time.sleep(0.3)
         [worker] = world.workers()
         assert not is_being_written(out, "train/epoch-2")
         worker.kill()  # in the middle of training
         first = committed(out)
 
-        wait_for(lambda: is_being_written(out, "train/epoch-2"), every=0.001)
+        wait_for(lambda: is_being_written(out, "train/epoch-2"), run, every=0.001)
         [worker] = world.workers()
         worker.kill()  # in the middle of writing
         assert is_being_written(out, "train/epoch-2")
@@ -155,7 +155,7 @@ def test_a_killed_driver_loses_nothing_finished(tmp_path, undisturbed):
         out = tmp_path / "out"
         yaml = write_sweep(world)
         run = world.start("run", yaml, "--out", out)
-        wait_for(lambda: is_being_written(out, "train/epoch-2"), every=0.001)
+        wait_for(lambda: is_being_written(out, "train/epoch-2"), run, every=0.001)
         before = committed(out)
         run.kill()
         run.communicate()
@@ -173,9 +173,9 @@ def test_a_stopped_run_keeps_what_is_finished_and_mends_what_was_damaged_since(t
         out = tmp_path / "out"
         yaml = write_sweep(world)
         run = world.start("run", yaml, "--out", out)
-        wait_for(lambda: is_written(out, "train/epoch-1"))
+        wait_for(lambda: is_written(out, "train/epoch-1"), run)
         second = world.start("run", yaml, "--out", out)  # of the same sweep, at the same time
-        wait_for(lambda: is_written(out, "train/epoch-2"))
+        wait_for(lambda: is_written(out, "train/epoch-2"), run)
         stopped = time.monotonic()
         os.killpg(run.pid, signal.SIGINT)
         said, noise = run.communicate(timeout=60)
@@ -225,7 +225,7 @@ def test_a_full_disk_is_a_typed_failure_and_space_mends_it(tmp_path, undisturbed
     with small_disk(out, 2 * CHECKPOINT_MIB + 8), tiny_sweeps.world(tmp_path) as world:
         yaml = write_sweep(world)
         run = world.start("run", yaml, "--out", out)
-        wait_for(lambda: is_written(out, "train/epoch-1"))
+        wait_for(lambda: is_written(out, "train/epoch-1"), run)
         with contextlib.suppress(OSError), (out / "other files").open("wb", buffering=0) as other:
             while True:  # somebody else fills it to the last byte
                 other.write(bytes(4096))

@@ -76,7 +76,8 @@ def test_a_grid_fills_every_table(grid):
     assert set(deltas["trial_id"]) == set(trained["trial_id"])
     measures = table(out, "data_measures")
     assert measures.select("base_model", "dataset").unique().height == 4
-    assert (measures.filter(pl.col("measure") == "perplexity")["value"] > 1).all()
+    perplexity = measures.filter(pl.col("measure") == "perplexity_completion")["value"]
+    assert perplexity.len() == 4 and (perplexity > 1).all()
 
 
 def test_every_checkpoint_has_a_gain_over_its_base_model(grid):
@@ -101,6 +102,14 @@ def test_full_weights_are_kept_in_the_export_dtype_and_once(grid):
         ("model.safetensors", "layer_delta", "{'torch.bfloat16'}"): 4,
         ("adapter_model.safetensors", "train", "{'torch.float32'}"): 4,  # small, and merged in float32
     }
+
+
+def test_weights_kept_in_another_dtype_are_exported(grid):
+    world, _, out = grid
+    kept = next(path.parent for path in out.glob("trials/*/layer_delta/**/model.safetensors"))
+    done = world.sweep("export", out, kept.relative_to(out).parts[1], world.folder / "model", "--epoch", 1)
+    assert done.returncode == 0, done.stderr
+    assert tiny_sweeps.files(world.folder / "model") == tiny_sweeps.files(kept)
 
 
 def test_run_again_changes_no_file_and_starts_no_ray(grid):

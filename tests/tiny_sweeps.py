@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def world(folder: Path) -> Iterator[World]:
     """A world that must leave no process behind; those it leaves are ended."""
     made = World(folder)
     yield made
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(AssertionError):
         wait_for(lambda: not made.processes(), seconds=20)
     left = made.processes()
     names = [command_line(process) for process in left]
@@ -117,23 +117,26 @@ def world(folder: Path) -> Iterator[World]:
     assert not names, f"left running: {names}"
 
 
-def wait_for(condition: Any, seconds: float = 90, every: float = 0.02) -> Any:
+def wait_for(
+    condition: Callable[[], Any], run: subprocess.Popen[str] | None = None, seconds: float = 90, every: float = 0.02
+) -> Any:
     """The first true value of `condition()`.
 
     Raises:
-        TimeoutError: there was none in time.
+        AssertionError: there was none in time, or before `run` ended.
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
             return found
+        assert run is None or run.poll() is None, f"the run ended early: {run.communicate()}"
         time.sleep(every)
-    raise TimeoutError(f"not within {seconds} s")
+    raise AssertionError(f"not within {seconds} s")
 
 
-def trial_ids(plan: dict[str, Any] | Path) -> list[str]:
+def trial_ids(out: Path) -> list[str]:
     """Ids of the trained trials in a folder of results."""
-    specs = {p.parent.name: json.loads(p.read_text()) for p in Path(plan).glob("trials/*/spec.json")}
+    specs = {p.parent.name: json.loads(p.read_text()) for p in out.glob("trials/*/spec.json")}
     return sorted(trial_id for trial_id, spec in specs.items() if spec["dataset"] is not None)
 
 
