@@ -292,3 +292,28 @@ def test_clean_removes_trials_the_yaml_asks_for_no_more_only_when_told(copy):
     assert not (out / "trials" / lora).exists()
     assert (out / "trials" / full / "spec.json").exists()
     assert world.json("collect", out)["rows"]["trials"] == 2
+
+
+def test_results_can_be_looked_at_where_their_sources_are_gone(copy):
+    world, out = copy
+    data = world.folder / "plus.jsonl"
+    hidden = data.rename(world.folder / "hidden")
+    try:
+        assert world.json("status", out)["failures"] == []
+        assert world.json("show", out, trial(out, "full"))["status"] == "succeeded"
+        assert world.sweep("collect", out).returncode == 0
+        assert world.sweep("clean", out, "--yes").returncode == 0
+        refused = world.sweep("run", out)
+        assert refused.returncode == 2
+        assert "no such file" in refused.stderr
+    finally:
+        hidden.rename(data)
+
+
+def test_clean_keeps_finished_work_that_nobody_has_committed_yet(copy):
+    world, out = copy
+    unit = out / "trials" / trial(out, "full") / "train" / "epoch-1"
+    before = (unit / "result.json").read_text()
+    (unit / "result.json").unlink()
+    assert world.sweep("clean", out, "--yes").returncode == 0
+    assert (unit / "result.json").read_text() == before

@@ -10,6 +10,7 @@ import pytest
 
 from sweep import config, pins
 from sweep.config import ConfigError
+from sweep.plan import expand
 from sweep.spec import Pins
 
 
@@ -261,3 +262,53 @@ def test_data_that_vanish_after_the_yaml_was_read_are_one_sentence(tmp_path):
     (tmp_path / "first.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"datasets\.d\.path matches no file"):
         pins.resolve(sweep)
+
+
+# ---------------------------------------------------------------------- between planning and reading
+
+
+def trial_of(yaml: Path):
+    """The first trial of the sweep, and its evaluations, as planned now."""
+    sweep = config.load(yaml)
+    planned = expand(sweep, pins.resolve(sweep)).trials[0]
+    return planned.trial, planned.evaluations
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [("model/model.safetensors", "the base model"), ("first.jsonl", "datasets.d"), ("items.jsonl", "benchmarks.b")],
+)
+def test_a_source_that_changed_since_planning_is_refused_by_the_worker(tmp_path, file, named):
+    trial, evaluations = trial_of(write_sources(tmp_path))
+    pins.verify(trial, evaluations)
+    with (tmp_path / file).open("ab") as stream:
+        stream.write(b'{"prompt": "x", "completion": "y"}\n')
+    with pytest.raises(pins.SourceChanged, match=f"{named} has changed since this run began") as caught:
+        pins.verify(trial, evaluations)
+    assert caught.value.kind == "data"
+
+
+def test_looking_writes_no_lock_also_with_update(tmp_path):
+    yaml = write_sources(tmp_path)
+    lock = tmp_path / "sweep.lock"
+    pins.resolve(config.load(yaml), lock, write=False)
+    assert not lock.exists()
+    resolve(yaml, locked=True)
+    before = lock.read_text()
+    (tmp_path / "first.jsonl").write_text('{"prompt": "e", "completion": "f"}\n')
+    pins.resolve(config.load(yaml), lock, update=True, write=False)
+    assert lock.read_text() == before
+
+
+def test_the_lock_alone_tells_the_content_when_the_sources_are_gone(tmp_path):
+    yaml = write_sources(tmp_path)
+    found = resolve(yaml, locked=True)
+    text = yaml.read_text()
+    for path in ("first.jsonl", "second.jsonl", "task.yaml", "model/config.json"):
+        (tmp_path / path).unlink()
+    sweep = config.parse(text, yaml, check_files=False)
+    assert pins.pinned(sweep, tmp_path / "sweep.lock") == found
+    with pytest.raises(ConfigError, match="does not pin 'more'"):
+        pins.pinned(
+            config.parse(text.replace("b: {path", "more: {path"), yaml, check_files=False), tmp_path / "sweep.lock"
+        )

@@ -314,3 +314,9 @@ def test_settings_that_do_not_go_together_are_refused_and_named():
     sweep = sweep_of().model_copy(update={"axes": {"trained_layers": ("3-1",)}})
     with pytest.raises(ConfigError, match="do not go together: trained_layers '3-1': the first block is after"):
         expand(sweep, pins_of(sweep))
+
+
+def test_two_names_of_one_evaluation_are_refused():
+    benchmarks = {"x": {"tiny": "code_output_test"}, "y": {"tiny": "code_output_test"}}
+    with pytest.raises(ConfigError, match="benchmarks 'x' and 'y' are the same evaluation"):
+        plan_of({"x": "same", "y": "same"}, benchmarks=benchmarks)

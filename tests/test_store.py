@@ -526,3 +526,26 @@ def test_of_drivers_that_start_together_exactly_one_gets_the_lease(tmp_path):
             driver.join()
         assert answers.count(None) == 1
         assert set(answers) - {None} < {driver.pid for driver in drivers}
+
+
+@pytest.mark.parametrize("name", ["steps.parquet", f"{WEIGHTS}/a.bin"])
+def test_an_edit_that_keeps_the_size_is_noticed_and_redone(store, name):
+    path = commit(store).folder / name
+    path.write_bytes(path.read_bytes().replace(b"try", b"TRY"))
+    assert store.result(UNIT) is None
+    store.repair(OWNER)
+    assert store.notes == [f"{UNIT}: the result on disk is damaged; it will be done again"]
+
+
+def test_a_copied_folder_is_as_whole_as_the_first(store, tmp_path):
+    commit(store)
+    shutil.copytree(store.root, tmp_path / "copy", copy_function=shutil.copyfile)  # every file is new there
+    copied = Store(tmp_path / "copy").result(UNIT)
+    assert copied is not None
+    assert_whole(copied)
+
+
+def test_a_lease_that_names_no_process_is_free(store):
+    write_text(store.root / "lease.json", json.dumps({"host": store_module.socket.gethostname(), "pid": None}))
+    with store.lease():
+        assert store.holder() is not None
