@@ -9,9 +9,10 @@ DEMO := runs/demo
 
 .PHONY: demo test test-all lint bench clean
 
+# a failed trial does not take the page away
 demo: .venv/runtime
-	status=0; $(BIN)/python -m sweep run sweep/configs/demo.yaml --out $(DEMO) || status=$$?; \
-	$(BIN)/python -m analysis report $(DEMO) && exit $$status  # a failed trial does not take the page away
+	@status=0; $(BIN)/python -m sweep run sweep/configs/demo.yaml --out $(DEMO) || status=$$?; \
+	$(BIN)/python -m analysis report $(DEMO) && exit $$status
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
