@@ -33,6 +33,11 @@ def build(store: Store, in_plan: Container[str] | None = None) -> dict[str, int]
         in_plan: owners (`trials/<id>`, `measures/<key>`) the YAML asks for now; others stay in the tables and say so.
             None takes everything in the store as asked for.
     """
+    with store.exclusive("tables"):
+        return _build(store, in_plan)
+
+
+def _build(store: Store, in_plan: Container[str] | None) -> dict[str, int]:
     index = _read_index(store)
     running = store.holder() is not None
     states: dict[str, str] = {}

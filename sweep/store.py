@@ -376,7 +376,7 @@ class Store:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         mine = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
-        with self._exclusive():
+        with self.exclusive("lease"):
             holder = _read_json(self.root / "lease.json")
             if holder is not None and _alive(holder):
                 raise StoreError(
@@ -393,7 +393,7 @@ class Store:
         finally:
             stop.set()
             beat.join()
-            with self._exclusive():
+            with self.exclusive("lease"):
                 if self._holds():
                     (self.root / "lease.json").unlink(missing_ok=True)
                     self._mine = None
@@ -413,7 +413,7 @@ class Store:
     def _keep_beating(self, stop: threading.Event) -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
             try:
-                with self._exclusive():  # looking and beating are one: nobody takes the lease in between
+                with self.exclusive("lease"):  # looking and beating are one: nobody takes the lease in between
                     if not self._holds():
                         return
                     self._beat()
@@ -425,9 +425,10 @@ class Store:
         write_text(self.root / "lease.json", json.dumps({**self._mine, "beat": time.time()}))
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Two drivers that start in the same instant look at the lease one after the other."""
-        with (self.root / ".lease.lock").open("a") as file:
+    def exclusive(self, what: str) -> Iterator[None]:
+        """One process after the other: drivers that look at the lease, collectors that replace the tables."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / f".{what}.lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
