@@ -50,7 +50,7 @@ SFT |= {"gradient_checkpointing": False, "bf16": False, "logging_steps": 1, "sav
 """What the script gives to TRL's SFTConfig; the rest is TRL's."""
 
 ARMS = {"a": "bare", "b": "script", "c": "framework"}
-LOSS_TOLERANCE = 1e-3
+LOSS_TOLERANCE = 1e-5
 """Of the last epoch's mean loss, relative. Arms pad and sum in other orders, and 75 steps amplify rounding."""
 ITEMS_TOLERANCE = 1
 """Items of a benchmark, of 100, that may fall otherwise: near ties under the same rounding."""
