@@ -26,7 +26,7 @@ from sweep.measure import MEASURE_VERSION
 from sweep.plan import Plan, expand
 from sweep.progress import Display
 from sweep.spec import RECIPE_VERSION, PlannedMeasure, PlannedTrial, SweepSpec
-from sweep.store import STATE, Result, Store, StoreError, train_unit, write_text
+from sweep.store import STATE, Result, Store, StoreError, folder_size, remove_folder, train_unit, write_text
 from sweep.trial import (
     STAGES,
     due,
@@ -143,7 +143,7 @@ class Sweep:
         }
 
     def status(self) -> Row:
-        """Where the sweep stands: trials by status, work items, failures, who runs it."""
+        """Where the sweep stands: trials and measures by status, failures, who runs it."""
         plan = self.planned()
         done = self._done(plan)
         holder = self.store.holder()
@@ -291,21 +291,23 @@ class Sweep:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise StoreError(f"{target} is not an empty folder; give a new one")
         weights = kept[epoch]
-        from sweep import models  # 5 s of imports, not needed to refuse
+        import torch  # 5 s of imports, not needed to refuse
+
+        from sweep import models
 
         if merge and models.adapter_config(weights) is not None:
             base = planned.trial.base_model
             path = models.locate(base, planned.trial.base_digest)
             model = models.load_checkpoint(path, weights, "float32", base.trust_remote_code, base_dtype=base.dtype)
-            dtype = getattr(__import__("torch"), planned.export_dtype)
-            models.save_checkpoint(model.to(dtype), target, models.load_tokenizer(weights), "")
+            model = model.to(getattr(torch, planned.export_dtype))
+            models.save_checkpoint(model, target, models.load_tokenizer(weights), "")
         else:
             shutil.copytree(weights, target, dirs_exist_ok=True)
         return target
 
     def removable(self) -> dict[str, int]:
         """What `clean` would remove, in bytes: weights, states, orphans, left-over attempts, caches."""
-        return {name: sum(_size(path) for path in paths) for name, paths in self._removable().items()}
+        return {name: sum(folder_size(path) for path in paths) for name, paths in self._removable().items()}
 
     def clean(self, what: set[str]) -> int:
         """Remove those parts; results and tables stay. Returns the bytes freed."""
@@ -316,11 +318,7 @@ class Sweep:
             for name, paths in self._removable().items():
                 if name in what:
                     for path in paths:
-                        freed += _size(path)
-                        gone = path.with_name(f".{path.name}.removed")
-                        shutil.rmtree(gone, ignore_errors=True)  # of a clean that was cut off
-                        path.rename(gone)
-                        shutil.rmtree(gone, ignore_errors=True)
+                        freed += remove_folder(path)
         return freed
 
     # ------------------------------------------------------------------ inside
@@ -419,10 +417,6 @@ def _longer(trials: list[PlannedTrial], done: dict[str, dict[str, Result]]) -> t
             kept = any(results[train_unit(planned.trial_id, e)].state for e in have if e < min(missing))
             onward, again = onward + kept, again + (not kept)
     return again, onward
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _commit() -> str:

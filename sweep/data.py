@@ -6,7 +6,6 @@ cannot change which examples a trial sees.
 """
 
 import difflib
-import glob
 import hashlib
 import heapq
 import json
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sweep.config import matching_files
 from sweep.spec import DatasetSpec, TrialSpec
 
 FORMATS = {
@@ -114,7 +114,7 @@ def _files(name: str, dataset: DatasetSpec) -> list[str]:
     patterns = (dataset.path,) if isinstance(dataset.path, str) else dataset.path
     files: list[str] = []
     for pattern in patterns:
-        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        found = matching_files(pattern)
         if not found:
             raise DataError(f"dataset {name!r}: no file matches {pattern!r} (from {Path.cwd()}); correct its `path`")
         files += found

@@ -89,6 +89,21 @@ def write_text(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def remove_folder(folder: Path) -> int:
+    """Remove a folder and all in it. Returns the bytes freed."""
+    freed = folder_size(folder)
+    gone = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)  # of a removal that was cut off
+    folder.rename(gone)  # first out of sight, whole: half a folder would read as damage
+    shutil.rmtree(gone, ignore_errors=True)
+    return freed
+
+
 @dataclass(frozen=True)
 class Result:
     """A committed unit."""
@@ -323,14 +338,7 @@ class Store:
     def remove_weights(self, result: Result, subfolder: str = WEIGHTS) -> int:
         """Remove a checkpoint's weights (or state), keep all else. Returns the bytes freed."""
         folder = result.folder / subfolder
-        if not folder.is_dir():
-            return 0
-        freed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        gone = folder.with_name(f".{subfolder}.removed")
-        shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)  # first out of sight, whole: half a folder would read as damage
-        shutil.rmtree(gone, ignore_errors=True)
-        return freed
+        return remove_folder(folder) if folder.is_dir() else 0
 
     # ------------------------------------------------------------------ the attempts log
 
